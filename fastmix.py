@@ -1,0 +1,666 @@
+"""
+FastMix: find how much of each data source to train on, in one training run.
+
+K sources, a mixture alpha on the K-simplex, a small proxy model w and a target (validation) set. Two nested problems:
+
+    outer:  min over alpha of  L_val(w*(alpha))
+    inner:  w*(alpha) = argmin over w of  sum_k alpha_k L_k(w)
+
+Both are descended at once. The inner step is ordinary training; the outer step moves alpha = softmax(z) by the
+gradient of the target loss one inner step ahead, w' = w - eta sum_k alpha_k g_k. The three formulas:
+
+    (1) weights   draw sources from q = (1 - eps) alpha + eps / K and weight source k's loss by alpha_k / q_k;
+                  the expected gradient is sum_k alpha_k g_k for every eps               -> draw(), "inner step"
+    (2) alignment A_k = <g_val, g_k>, taken at the LM head, from the pass that trains     -> head_pass()
+    (3) mixture   dL_val(w')/dz_k = -eta alpha_k (A_k - sum_j alpha_j A_j)                 -> mixture_gradient()
+
+    python prepare_data.py && python fastmix.py                  search on the sample set, minutes on a 2-core CPU
+    python fastmix.py --mixture out/mixture.json --out_dir out-found       train at the mixture that was found
+
+Paper: "FastMix: Fast Data Mixture Optimization via Gradient Descent", Tan et al., ICLR 2026, arXiv 2606.14971.
+"""
+import argparse
+import contextlib
+import json
+import math
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.autograd.function import once_differentiable
+
+from model import GPT, GPTConfig
+
+IGNORE = -1  # targets of this value count nowhere
+SAMPLE_SOURCES, SAMPLE_TARGET = "python,cpp,prose,math,legal,noise", "numpy"
+
+
+def fail(message):
+    """Ends the program with one line on stderr and exit status 2."""
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# config
+
+def parse_args(defaults=None):
+    """Flags -> namespace; `defaults` (the settings in a checkpoint) replace the built-in ones."""
+    def positive(text):
+        value = int(text)
+        if value < 1:
+            raise argparse.ArgumentTypeError(f"{text} is not a positive whole number")
+        return value
+
+    def number(low, high=math.inf):
+        def parse(text):
+            value = float(text)
+            if not low <= value <= high or value == math.inf:
+                raise argparse.ArgumentTypeError(f"{text} is not a number between {low} and {high}")
+            return value
+        return parse
+
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                usage="python fastmix.py [options]   (--help for all)")
+
+    def group(title, *flags):
+        g = p.add_argument_group(title)
+        for name, kind, default, text in flags:
+            kw = {"action": "store_true"} if kind is bool else {"type": kind, "default": default}
+            if isinstance(kind, tuple):
+                kw = {"choices": kind, "default": default}
+            shown = "" if kind is bool or default is None else f" (default: {default})"
+            g.add_argument("--" + name, help=text + shown, **kw)
+
+    group("data and output",
+          ("sources", str, None, f"comma-separated names of prepared sources (default: {SAMPLE_SOURCES})"),
+          ("target", str, None, "set or sets to do well on, averaged equally (default: numpy for the sample, for own "
+                                "sources their own val splits)"),
+          ("data_dir", str, "data", "where prepare_data.py wrote"),
+          ("out_dir", str, "out", "gets log.jsonl, ckpt.pt and mixture.json"),
+          ("resume", bool, False, "go on from out_dir/ckpt.pt, with the settings stored there"),
+          ("overwrite", bool, False, "delete the run that out_dir holds and start anew"))
+    group("mixture (the outer problem)",
+          ("mixture", str, None, "train at this mixture instead of searching: mixture.json, log.jsonl (replays its "
+                                 "trajectory), uniform, proportional (to tokens) or a=0.8,b=0.2"),
+          ("uniform_share", number(0, 1), None, "eps: share of sequences drawn uniformly over the sources; 1 is the "
+                                                "paper's loss weights, 0 is sampling by the mixture (default: 0.25 in "
+                                                "a search, 0 with --mixture, where no source needs measuring)"),
+          ("outer_every", positive, 1, "optimizer steps between two outer steps"),
+          ("learning_rate_mixture", number(0), 0.02, "Adam's learning rate on z"),
+          ("entropy", number(0), 0.0, "lambda: keeps the mixture's entropy up, in units of the alignment"),
+          ("target_batch_size", positive, 8, "target sequences an outer step"))
+    group("model",
+          ("n_layer", positive, 4, "blocks"), ("n_head", positive, 4, "attention heads"),
+          ("n_embd", positive, 128, "channels"), ("block_size", positive, 128, "context, in tokens"))
+    group("training (the inner problem)",
+          ("batch_size", positive, 32, "sequences a micro-batch"),
+          ("grad_accum", positive, 1, "micro-batches an optimizer step"),
+          ("max_steps", positive, 600, "optimizer steps"),
+          ("learning_rate", number(0), 2e-3, "AdamW's peak learning rate"),
+          ("min_lr", number(0), 2e-4, "learning rate at the end of the cosine decay"),
+          ("warmup_steps", int, 50, "steps of linear warm-up"),
+          ("weight_decay", number(0), 0.1, "on matrices and embeddings"),
+          ("grad_clip", number(0), 1.0, "largest norm of the gradient; 0 for none"))
+    group("machine and reports",
+          ("seed", int, 1337, "of initialisation, training batches and target batches"),
+          ("device", ("auto", "cpu", "cuda", "mps"), "auto", "where to run"),
+          ("dtype", ("auto", "float32", "bfloat16"), "auto", "autocast type; auto: bfloat16 on cuda, else float32"),
+          ("compile", bool, False, "torch.compile the model"),
+          ("log_every", positive, 10, "steps between two lines"),
+          ("eval_every", positive, 50, "steps between two evaluations of the target, and checkpoints"),
+          ("eval_tokens", positive, 16384, "tokens of each val split in an evaluation"),
+          ("test_tokens", positive, 2**20, "at most so many tokens of each test split at the end"),
+          ("source_losses", bool, False, "print each source's training loss as well"))
+    p.set_defaults(**(defaults or {}))
+    return p.parse_args()
+
+
+# a run may go on with these changed; everything else would make it another run
+MAY_CHANGE = ("resume", "overwrite", "out_dir", "data_dir", "device", "compile", "log_every", "eval_every",
+              "eval_tokens", "test_tokens", "source_losses")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# data
+
+class TokenSet:
+    """A folder that prepare_data.py wrote: its meta.json and a memory map of each split."""
+
+    def __init__(self, data_dir, name, block_size):
+        self.name, folder = name, Path(data_dir, name)
+        if not (folder / "meta.json").is_file():
+            there = sorted(m.parent.name for m in Path(data_dir).glob("[!.]*/meta.json"))
+            mend = "python prepare_data.py" + ("" if name in f"{SAMPLE_SOURCES},{SAMPLE_TARGET}".split(",") else
+                                               f" {name}=PATH")
+            fail(f"no set '{name}' in {data_dir}/ (there: {', '.join(there) or 'none'}); prepare it with: {mend}")
+        try:
+            self.meta = json.loads((folder / "meta.json").read_text())
+            self.tokenizer, self.vocab_size = self.meta["tokenizer"], self.meta["vocab_size"]
+            dtype = np.dtype(self.meta["dtype"])
+            tokens = {s: self.meta["splits"][s]["tokens"] for s in ("train", "val", "test")}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            fail(f"{folder}/meta.json cannot be read ({error!r}); prepare '{name}' again with --overwrite")
+        for split, n in tokens.items():
+            path = folder / f"{split}.bin"
+            size = path.stat().st_size if path.is_file() else -1
+            if size != n * dtype.itemsize:
+                fail(f"{path}: {'missing' if size < 0 else f'{size} bytes'}, but meta.json says {n} tokens of "
+                     f"{dtype.itemsize} bytes; prepare '{name}' again with --overwrite")
+            if n < block_size + 1:
+                fail(f"{path}: {n} tokens, too short for --block_size {block_size} (needs {block_size + 1}); give "
+                     f"'{name}' more text or lower --block_size")
+            setattr(self, split, np.memmap(path, dtype=dtype, mode="r"))
+
+    def windows(self, split, start, length):
+        """Tokens at start .. start + length of a split: (B,) -> (B, length) int64, checked against the vocabulary."""
+        ids = getattr(self, split)[start[:, None] + np.arange(length)].astype(np.int64)
+        if ids.max() >= self.vocab_size:
+            fail(f"{self.name}/{split}.bin holds token id {ids.max()}, outside the vocabulary of {self.vocab_size}; "
+                 f"prepare '{self.name}' again with --overwrite")
+        return torch.from_numpy(ids)
+
+
+def draw(q, n, generator):
+    """
+    Systematic sampling of n sequences over sources with probabilities q (K,): one random offset, n equally spaced
+    points on the cumulative q. Source k gets floor(n q_k) or ceil(n q_k) sequences, n q_k in expectation, so no source
+    is missing by chance. Returns (source of each sequence (n,), uniform numbers (n,) that place it in its source).
+    """
+    u = torch.rand(n + 1, generator=generator, dtype=torch.float64).numpy()
+    edges = np.cumsum(q) / np.sum(q)
+    source = np.searchsorted(edges, (np.arange(n) + u[0]) / n, side="right")
+    return np.minimum(source, len(q) - 1), u[1:]
+
+
+def gather(sets, split, source, u, block_size):
+    """Sequences drawn by draw(): inputs and next-token targets, both (B, T) int64. Loops over sources, not tokens."""
+    ids = torch.empty(len(source), block_size + 1, dtype=torch.int64)
+    for k in np.unique(source):
+        rows = np.flatnonzero(source == k)
+        start = (u[rows] * (len(getattr(sets[k], split)) - block_size)).astype(np.int64)
+        ids[rows] = sets[k].windows(split, start, block_size + 1)
+    return ids[:, :-1], ids[:, 1:]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the fused weighted cross-entropy
+
+def head_pass(hidden, weight, targets, coef=None, G_val=None, grad_hidden=False, grad_weight=False, chunk=None):
+    """
+    The LM head and its loss, forward and backward in one walk over the tokens, never holding more than chunk x V
+    logits. With the final hidden state h_t, the softmax p_t and the one-hot target y_t, the gradient of token t's loss
+    is (p_t - y_t) at the logits, W^T (p_t - y_t) at h_t and (p_t - y_t) h_t^T at the head W.
+
+    hidden (N, C), weight (V, C), targets (N,) with IGNORE where nothing is learned, coef (N,) the factor of each
+    token's loss in the total, G_val (V, C) the target's gradient at the head.
+    Returns token_loss (N,) in nats and, where asked for (else None):
+        alignment (N,)    <G_val, (p_t - y_t) h_t^T> = (p_t - y_t) . (G_val h_t), one matmul more: formula (2)
+        grad_h (N, C), grad_W (V, C)    gradients of sum_t coef_t token_loss_t
+    """
+    N, V = len(hidden), len(weight)
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    wide = torch.promote_types(dtype, torch.float32)  # softmax and sums; bfloat16 has 8 bits, too few to add up in
+    chunk = chunk or max(64, 2**24 // V)  # 64 MB of float32 logits: small beside any model, large enough for BLAS
+    W, G = weight.to(dtype), None if G_val is None else G_val.to(dtype)
+    token_loss = torch.empty(N, dtype=wide, device=hidden.device)
+    alignment = torch.empty_like(token_loss) if G is not None else None
+    grad_h = torch.empty(hidden.shape, dtype=wide, device=hidden.device) if grad_hidden else None
+    grad_W = torch.zeros(weight.shape, dtype=wide, device=hidden.device) if grad_weight else None
+    with torch.autocast(device, enabled=False):
+        for i in range(0, N, chunk):
+            s = slice(i, i + chunk)
+            h, learned, y = hidden[s].to(dtype), targets[s] != IGNORE, targets[s].clamp(min=0)[:, None]
+            p = (h @ W.T).to(wide)  # (n, V) logits; the same memory becomes p, then p - y
+            logit_y, top = p.gather(1, y), p.amax(1, keepdim=True)
+            total = p.sub_(top).exp_().sum(1, keepdim=True)
+            token_loss[s] = (total.log() + top - logit_y).squeeze(1) * learned
+            if G is None and not grad_hidden and not grad_weight:
+                continue
+            p = p.div_(total).scatter_add_(1, y, torch.full_like(logit_y, -1.0)).to(dtype)
+            if G is not None:
+                alignment[s] = ((p @ G).to(wide) * h).sum(1) * learned
+            if grad_hidden:
+                grad_h[s] = (p @ W) * coef[s, None]
+            if grad_weight:
+                grad_W += p.T @ (h * coef[s, None]).to(dtype)
+    return token_loss, alignment, grad_h, grad_W
+
+
+class FusedWeightedCrossEntropy(torch.autograd.Function):
+    """
+    loss = sum_t r_t token_loss_t / sum_t r_t, its gradients computed in the forward pass, while the logits are there.
+    Differentiable in hidden, weight and r, once; token_loss and alignment come out detached.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, r, G_val, chunk, training):
+        r = r * (targets != IGNORE)
+        coef = r / r.sum()
+        token_loss, alignment, grad_h, grad_W = head_pass(hidden, weight, targets, coef, G_val, training, training,
+                                                          chunk)
+        loss = (coef * token_loss).sum()
+        if training:
+            grad_r = (token_loss - loss) * (targets != IGNORE) / r.sum()
+            ctx.save_for_backward(grad_h.to(hidden.dtype), grad_W.to(weight.dtype), grad_r)
+        ctx.mark_non_differentiable(*(t for t in (token_loss, alignment) if t is not None))
+        return loss, token_loss, alignment
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_loss, *_):
+        grad_h, grad_W, grad_r = (g * grad_loss for g in ctx.saved_tensors)
+        return grad_h, grad_W, None, grad_r, None, None, None
+
+
+def fused_cross_entropy(hidden, weight, targets, r=None, G_val=None, chunk=None):
+    """
+    Weighted mean next-token loss from hidden states. hidden (N, C), weight (V, C), targets (N,), r (N,) weights of the
+    tokens (None: all 1), G_val (V, C) or None. Returns (loss in nats, token_loss (N,), alignment (N,) or None).
+    Tokens with target IGNORE count nowhere; where nothing at all counts, the loss is NaN, as F.cross_entropy's is.
+    """
+    r = torch.ones_like(targets, dtype=torch.promote_types(hidden.dtype, torch.float32)) if r is None else r
+    return FusedWeightedCrossEntropy.apply(hidden, weight, targets, r, G_val, chunk, torch.is_grad_enabled())
+
+
+@torch.no_grad()
+def target_gradient(model, weight, x, y):
+    """G_val (V, C): mean over a target batch of (p_t - y_t) h_t^T. One forward pass, no autograd."""
+    hidden = model(x).flatten(0, 1)
+    learned = (y.flatten() != IGNORE).to(torch.float32)
+    return head_pass(hidden, weight, y.flatten(), learned / learned.sum(), grad_weight=True)[3]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the mixture
+
+def mixture_gradient(alpha, alignment, present, eta=1.0, entropy=0.0):
+    """
+    Gradient on z of L_val(w - eta sum_k alpha_k g_k) + entropy sum_k alpha_k log alpha_k, for alpha = softmax(z), to
+    first order in eta: formula (3). alpha, alignment and present (a mask) are (K,). A source absent from the batch has
+    no alignment: it stays out of the centring and gets 0, for a missing measurement is no evidence.
+    """
+    share = alpha * present / (alpha * present).sum()  # the mixture among the sources present
+    value = torch.where(present, -eta * alignment + entropy * alpha.log(), 0.0)
+    return torch.where(present, alpha * (value - (share * value).sum()), 0.0)
+
+
+def mixture_step(z, moments, gradient, present, learning_rate, betas=(0.9, 0.95), eps=1e-12):
+    """
+    Adam on z (K,), in place, moving present sources only: torch's Adam would carry an absent one on by its momentum.
+    moments is (3, K): first moment, second moment, number of updates of each source. Adam cancels the gradient's scale,
+    so learning_rate times the number of outer steps bounds how far the mixture can travel.
+    """
+    m, v, count = moments
+    m.copy_(torch.where(present, betas[0] * m + (1 - betas[0]) * gradient, m))
+    v.copy_(torch.where(present, betas[1] * v + (1 - betas[1]) * gradient**2, v))
+    count += present
+    step = (m / (1 - betas[0] ** count)) / ((v / (1 - betas[1] ** count)).sqrt() + eps)
+    z.sub_(torch.where(present, learning_rate * step, 0.0))
+
+
+def read_mixture(text, names, tokens):
+    """
+    --mixture -> a schedule: fractions of training (P,) and the mixture at each (P, K). P is 1 for a constant one.
+    Weights need not sum to 1; a source that the text does not name gets 0.
+    """
+    if text == "uniform":
+        rows = [dict.fromkeys(names, 1.0)]
+    elif text == "proportional":
+        rows = [dict(zip(names, tokens))]
+    elif text.endswith((".json", ".jsonl")):
+        try:
+            lines = Path(text).read_text().splitlines(keepends=True)
+            if text.endswith(".json"):
+                rows = [json.loads("".join(lines))["mixture"]]
+            else:  # a run in progress may be in the middle of its last line
+                log = [json.loads(line) for line in lines if line.endswith("\n")]
+                rows = [row["alpha"] for row in log]
+        except OSError as error:
+            fail(f"--mixture {text}: {error.strerror}; a search writes it to its out_dir")
+        except (ValueError, KeyError, TypeError) as error:
+            fail(f"--mixture {text}: not a mixture that fastmix wrote ({error!r})")
+    else:
+        try:
+            pairs = [(name.strip(), float(value)) for name, value in (pair.split("=") for pair in text.split(","))]
+        except ValueError:
+            fail(f"--mixture {text}: not a .json or .jsonl file, uniform, proportional, or a=0.8,b=0.2")
+        if len(dict(pairs)) < len(pairs):
+            fail(f"--mixture {text}: a name is given twice")
+        rows = [dict(pairs)]
+    for row in rows:
+        if not isinstance(row, dict) or not row.keys() <= set(names):
+            fail(f"--mixture {text} names {', '.join(map(str, row))}, but --sources are {', '.join(names)}")
+        bad = [f"{k}={v}" for k, v in row.items() if not (isinstance(v, (int, float)) and 0 <= v < math.inf)]
+        if bad or not sum(row.values()) > 0:
+            fail(f"--mixture {text}: {bad[0] if bad else 'all weights are 0'}; weights must be numbers from 0 up, one "
+                 "of them above 0")
+    if not rows:
+        fail(f"--mixture {text}: empty")
+    alphas = torch.tensor([[row.get(name, 0.0) for name in names] for row in rows], dtype=torch.float64)
+    steps = torch.tensor([row["step"] for row in log] if text.endswith(".jsonl") else [0.0], dtype=torch.float64)
+    return steps / max(steps.max().item(), 1), alphas / alphas.sum(1, keepdim=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# helpers of the loop
+
+def learning_rate_at(step, args):
+    """Linear warm-up, then cosine decay to min_lr."""
+    if step < args.warmup_steps:
+        return args.learning_rate * (step + 1) / (args.warmup_steps + 1)
+    done = (step - args.warmup_steps) / max(1, args.max_steps - args.warmup_steps)
+    return args.min_lr + 0.5 * (1 + math.cos(math.pi * done)) * (args.learning_rate - args.min_lr)
+
+
+@torch.no_grad()
+def evaluate(model, weight, tokens, split, max_tokens, args, device):
+    """Mean loss in nats a token over windows spread evenly over a split: always the same ones, nothing is drawn."""
+    n = (len(getattr(tokens, split)) - 1) // args.block_size
+    pick = np.unique(np.linspace(0, n - 1, max(1, min(n, max_tokens // args.block_size))).round().astype(np.int64))
+    total = 0.0
+    for rows in np.array_split(pick, math.ceil(len(pick) / args.batch_size)):
+        ids = tokens.windows(split, rows * args.block_size, args.block_size + 1).to(device)
+        loss, _, _ = fused_cross_entropy(model(ids[:, :-1]).flatten(0, 1), weight, ids[:, 1:].flatten())
+        total += loss.item() * len(rows)
+    return total / len(pick)
+
+
+def save_atomically(path, write):
+    """write(file) into a temporary name, then rename: path holds the old content or the new, never a part."""
+    partial = Path(f"{path}.partial")
+    try:
+        with open(partial, "wb") as f:
+            write(f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(partial, path)
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
+        partial.unlink(missing_ok=True)
+        fail(f"cannot write {path} ({str(error).splitlines()[0]}); what was there before is unharmed. Make room and go "
+             "on with --resume")
+
+
+def bars(names, alpha):
+    """The largest weights as small bars: python ▆ 0.71  math ▂ 0.20"""
+    order = sorted(range(len(names)), key=lambda k: -alpha[k])[:8]
+    return "  ".join(f"{names[k]} {'▁▂▃▄▅▆▇█'[min(7, int(alpha[k] * 8))]} {alpha[k]:.2f}" for k in sorted(order))
+
+
+def by_name(names, values):
+    """(K,) -> {name: value}, None where there is none (NaN), for JSON knows no NaN."""
+    return {n: None if math.isnan(v) else v for n, v in zip(names, values.tolist())}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+def main():
+    sys.stdout.reconfigure(errors="replace")  # a terminal without the bars' glyphs must not stop a run
+    args = parse_args()
+    out = Path(args.out_dir)
+    held = [f for f in ("log.jsonl", "ckpt.pt", "mixture.json") if (out / f).exists()]
+    if held and not args.resume and not args.overwrite:
+        fail(f"{out}/ holds another run ({', '.join(held)}); add --resume to go on with it, --overwrite to replace it, "
+             "or choose another --out_dir")
+    ckpt = None
+    if args.resume:
+        try:  # weights_only: a checkpoint from a stranger must not run code
+            ckpt = torch.load(out / "ckpt.pt", map_location="cpu", weights_only=True)
+        except FileNotFoundError:
+            fail(f"{out}/ckpt.pt: no checkpoint to resume from; start without --resume")
+        except Exception as error:
+            fail(f"{out}/ckpt.pt cannot be read ({type(error).__name__}); start anew with --overwrite")
+        stored = ckpt["args"]
+        args = parse_args({k: v for k, v in stored.items() if k not in ("resume", "overwrite")})
+        changed = [k for k, v in vars(args).items() if k not in MAY_CHANGE and v != stored[k]]
+        if changed:
+            fail(f"{out}/ckpt.pt was made with --{changed[0]} {stored[changed[0]]}, not {getattr(args, changed[0])}; "
+                 "resume without that flag, or start a new run in another --out_dir")
+
+    # device
+    device = args.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    elif device == "cuda" and not torch.cuda.is_available() or device == "mps" and not torch.backends.mps.is_available():
+        fail(f"--device {device}: torch {torch.__version__} finds none here; use --device auto")
+    dtype = args.dtype if args.dtype != "auto" else "bfloat16" if device == "cuda" else "float32"
+    autocast = torch.autocast(device, torch.bfloat16) if dtype == "bfloat16" else contextlib.nullcontext()
+    torch.set_float32_matmul_precision("high")  # TF32 on CUDA
+
+    # data
+    sample = args.sources is None
+    names = (args.sources or SAMPLE_SOURCES).split(",")
+    if sample:  # go on with what this machine has
+        names = [n for n in names if Path(args.data_dir, n, "meta.json").is_file()] or names
+    target_names = args.target.split(",") if args.target else [SAMPLE_TARGET] if sample else names
+    for flag, given in (("--sources", names), ("--target", target_names)):
+        twice = [n for n in given if given.count(n) > 1]
+        if twice:
+            fail(f"{flag} names {twice[0]} twice")
+    loaded = {n: TokenSet(args.data_dir, n, args.block_size) for n in dict.fromkeys(names + target_names)}
+    sources, targets = [loaded[n] for n in names], [loaded[n] for n in target_names]
+    vocab_size, tokenizer, K = sources[0].vocab_size, sources[0].tokenizer, len(names)
+    for s in loaded.values():
+        if (s.tokenizer, s.vocab_size) != (tokenizer, vocab_size):
+            fail(f"'{s.name}' was prepared with the tokenizer {s.tokenizer} ({s.vocab_size} ids), '{names[0]}' with "
+                 f"{tokenizer} ({vocab_size}); prepare both with the same --tokenizer")
+    digests = {n: s.meta["splits"]["train"]["sha256"] for n, s in loaded.items()}
+    available = [len(s.train) for s in sources]
+    searching = args.mixture is None
+    if ckpt and ckpt["digests"] != digests:
+        fail(f"the data in {args.data_dir}/ is not what {out}/ckpt.pt was trained on; prepare it as it was, or start a "
+             "new run in another --out_dir")
+    schedule = None
+    if not searching:
+        schedule = ckpt["schedule"] if ckpt else read_mixture(args.mixture, names, available)
+    uniform_share = args.uniform_share if args.uniform_share is not None else 0.25 if searching else 0.0
+
+    # model
+    if args.n_embd % args.n_head:
+        fail(f"--n_embd {args.n_embd} must be a multiple of --n_head {args.n_head}")
+    torch.manual_seed(args.seed)
+    net = GPT(GPTConfig(vocab_size, args.block_size, args.n_layer, args.n_head, args.n_embd)).to(device)
+    model, head = torch.compile(net) if args.compile else net, net.lm_head.weight
+    optimizer = net.configure_optimizer(args.learning_rate, args.weight_decay, (0.9, 0.95), fused=device != "mps")
+
+    # all state of the loop; what a checkpoint holds
+    train_rng, target_rng = torch.Generator().manual_seed(args.seed), torch.Generator().manual_seed(args.seed + 1)
+    start, seconds = 0, 0.0
+    z, moments = torch.zeros(K, device=device), torch.zeros(3, K, device=device)  # mixture logits and their Adam
+    alpha_sum, alpha_sum_half = torch.zeros(2, K, dtype=torch.float64)  # over all steps, over the last half
+    drawn = torch.zeros(K, dtype=torch.int64)  # tokens seen of each source
+    meter = torch.zeros(4, K, device=device)  # since the last line: loss sum, tokens, alignment sum, outer steps
+    losses = []  # of each step since the last line
+    if ckpt:
+        net.load_state_dict(ckpt["model"])
+        optimizer.load_state_dict(ckpt["optimizer"])
+        for mine, stored in zip((z, moments, alpha_sum, alpha_sum_half, drawn, meter), ckpt["tensors"]):
+            mine.copy_(stored)
+        train_rng.set_state(ckpt["train_rng"])
+        target_rng.set_state(ckpt["target_rng"])
+        start, seconds, losses = ckpt["step"], ckpt["seconds"], list(ckpt["losses"].to(device))
+
+    def save_checkpoint(step):
+        state = {"model": net.state_dict(), "optimizer": optimizer.state_dict(), "args": vars(args), "step": step,
+                 "seconds": seconds, "tensors": [z, moments, alpha_sum, alpha_sum_half, drawn, meter],
+                 "losses": torch.stack(losses) if losses else torch.zeros(0), "train_rng": train_rng.get_state(),
+                 "target_rng": target_rng.get_state(), "schedule": schedule, "digests": digests,
+                 "config": vars(net.config), "tokenizer": tokenizer}
+        save_atomically(out / "ckpt.pt", lambda f: torch.save(state, f))
+
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if args.overwrite:
+            for f in held:
+                (out / f).unlink()
+        rows = (out / "log.jsonl").read_text().splitlines(keepends=True) if ckpt else []
+        rows = [r for r in rows if r.endswith("\n") and json.loads(r)["step"] <= start]  # cut back to the checkpoint
+        save_atomically(out / "log.jsonl", lambda f: f.write("".join(rows).encode()))
+        log = open(out / "log.jsonl", "a")
+    except OSError as error:
+        fail(f"cannot write to {out}/: {error.strerror}")
+    tokens_per_step = args.batch_size * args.grad_accum * args.block_size
+    print(f"{net.num_params():,} parameters, {tokens_per_step:,} tokens a step, {device}, {dtype}")
+    print(f"sources {', '.join(names)}; target {', '.join(target_names)}"
+          + ("" if args.target or sample else " (the sources' own val splits in equal parts)")
+          + f"; {'searching' if searching else f'mixture {args.mixture}'}")
+
+    stop = []  # the first Ctrl-C or SIGTERM ends the run after the step, the second at once
+
+    def ask_to_stop(number, _):
+        stop.append(number)
+        signal.signal(number, signal.SIG_DFL)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, ask_to_stop)
+
+    def alpha_at(step):
+        if searching:
+            return torch.softmax(z, 0)
+        fraction, rows = step / args.max_steps, schedule[1].numpy()
+        return torch.tensor([np.interp(fraction, schedule[0].numpy(), rows[:, k]) for k in range(K)],
+                            dtype=torch.float32, device=device)
+
+    member_of = torch.arange(K, device=device)[:, None]
+    clock, line_seconds, line_step = time.time(), seconds, start
+    val_loss, step = math.nan, start
+    while True:
+        # ---- report: evaluate, log, save
+        last = step == args.max_steps
+        seconds += time.time() - clock
+        clock = time.time()
+        evaluating = (step % args.eval_every == 0 or last) and not (ckpt and step == start)
+        if evaluating:
+            with autocast:
+                val_loss = np.mean([evaluate(model, head, t, "val", args.eval_tokens, args, device) for t in targets])
+        if (step % args.log_every == 0 or evaluating) and not (ckpt and step == start):
+            alpha = alpha_at(step).double().cpu()
+            bad = (~torch.isfinite(torch.stack(losses))).nonzero() if losses else []
+            if len(bad):
+                fail(f"the loss was {losses[bad[0]]:.3g} at step {step - len(losses) + 1 + bad[0].item()}; stopped, the "
+                     f"last good checkpoint stays. Lower --learning_rate {args.learning_rate:g}, or --resume from it")
+            train_loss = torch.stack(losses).mean().item() if losses else math.nan
+            source_loss, alignment = (meter[0] / meter[1]).cpu(), (meter[2] / meter[3]).cpu()
+            row = {"step": step, "alpha": by_name(names, alpha), "alignment": by_name(names, alignment),
+                   "train_loss": None if math.isnan(train_loss) else train_loss,
+                   "source_loss": by_name(names, source_loss), "target_val_loss": float(val_loss) if evaluating else None,
+                   "tokens": step * tokens_per_step, "seconds": round(seconds, 3)}
+            try:
+                log.write(json.dumps(row) + "\n")
+                log.flush()
+            except OSError as error:
+                fail(f"cannot write {out}/log.jsonl: {error.strerror}; make room and go on with --resume")
+            rate = (step - line_step) / max(seconds - line_seconds, 1e-9)
+            eta = (args.max_steps - step) / rate if rate else math.nan
+            print(f"step {step:5d} {100 * step / args.max_steps:3.0f}% | train {train_loss:.3f} | target {val_loss:.3f} | "
+                  f"{rate * tokens_per_step:,.0f} tok/s | " + (f"{eta:.0f} s left | " if rate else "")
+                  + bars(names, alpha), flush=True)
+            if args.source_losses:
+                print("      " + "  ".join(f"{n} {v:.3f}" for n, v in zip(names, source_loss.tolist())))
+            meter.zero_()
+            losses = []
+            line_seconds, line_step = seconds, step
+        if stop or (evaluating and step > 0):
+            save_checkpoint(step)
+        if stop and not last:
+            print(f"stopped at step {step}; go on with: python fastmix.py --resume --out_dir {out}")
+            sys.exit(130)
+        if last:
+            break
+
+        # ---- outer step, first half: the target's gradient at the head
+        outer = searching and step % args.outer_every == 0
+        G_val = None
+        if outer:
+            which, u = draw(np.full(len(targets), 1 / len(targets)), args.target_batch_size, target_rng)
+            x, y = gather(targets, "val", which, u, args.block_size)
+            with autocast:
+                G_val = target_gradient(model, head, x.to(device), y.to(device))
+
+        # ---- inner step: weighted loss of sequences drawn from q
+        alpha = alpha_at(step)
+        q = (1 - uniform_share) * alpha + uniform_share / K
+        weights = alpha / q  # (K,) formula (1); 0 / 0 where a source is neither wanted nor drawn
+        source, u = draw(q.double().cpu().numpy(), args.batch_size * args.grad_accum, train_rng)
+        X, Y = gather(sources, "train", source, u, args.block_size)
+        lr = learning_rate_at(step, args)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        seen = torch.zeros(2, K, device=device)  # of this step: sum of alignments, tokens
+        step_loss = torch.zeros((), device=device)
+        for micro in range(args.grad_accum):  # every grad_accum-th sequence, so that each holds all sources
+            x, y, k = (t[micro::args.grad_accum].to(device) for t in (X, Y, torch.from_numpy(source)))
+            r = weights[k]  # (B,)
+            with autocast:
+                hidden = model(x)  # (B, T, C)
+                loss, token_loss, alignment = fused_cross_entropy(
+                    hidden.flatten(0, 1), head, y.flatten(), r.repeat_interleave(args.block_size), G_val)
+            # dividing by the number of sequences, not by their weights' sum, is what makes formula (1) exact
+            loss = loss * (r.sum() / len(source))
+            loss.backward()
+            member = (k == member_of).float()  # (K, B) one-hot: a matmul adds up by source, in a fixed order
+            seen[1] += member.sum(1) * args.block_size
+            meter[0] += member @ token_loss.view_as(y).sum(1)
+            if outer:
+                seen[0] += member @ alignment.view_as(y).sum(1)
+            step_loss += loss.detach()
+        if args.grad_clip:
+            torch.nn.utils.clip_grad_norm_(net.parameters(), args.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+        # ---- outer step, second half: move the mixture. Adam cancels eta, so it is left at 1
+        if outer:
+            present = seen[1] > 0
+            A = torch.where(present, seen[0] / seen[1], 0.0)  # (K,)
+            mixture_step(z, moments, mixture_gradient(alpha, A, present, entropy=args.entropy), present,
+                         args.learning_rate_mixture)
+            meter[2] += A
+            meter[3] += present
+
+        meter[1] += seen[1]
+        losses.append(step_loss)
+        drawn += torch.from_numpy(np.bincount(source, minlength=K)) * args.block_size
+        alpha_sum += alpha.double().cpu()
+        if step >= args.max_steps // 2:
+            alpha_sum_half += alpha.double().cpu()
+        step += 1
+
+    # ---- results
+    with autocast:
+        final_loss = [evaluate(model, head, s, "val", args.eval_tokens, args, device) for s in sources]
+        test = {t.name: evaluate(model, head, t, "test", args.test_tokens, args, device) for t in targets}
+    per_byte = {t.name: t.meta["splits"]["test"]["tokens"] / t.meta["splits"]["test"]["bytes"] for t in targets}
+    test_loss = float(np.mean(list(test.values())))
+    bits = float(np.mean([test[n] * per_byte[n] / math.log(2) for n in test]))
+    mixtures = {"last": alpha_at(step).double().cpu(), "last_half_average": alpha_sum_half, "run_average": alpha_sum}
+    mixtures = {n: (m / m.sum()).tolist() for n, m in mixtures.items()}
+    final, tokens = mixtures["last_half_average"], step * tokens_per_step
+    first = [1 / K] * K if searching else schedule[1][0].tolist()
+
+    print(f"\n{'source':12s} {'tokens':>12s} {'start':>7s} {'final':>7s} {'epochs':>7s} {'val loss':>9s}")
+    for k, name in enumerate(names):
+        print(f"{name:12s} {available[k]:12,d} {first[k]:7.3f} {final[k]:7.3f} "
+              f"{final[k] * tokens / available[k]:7.2f} {final_loss[k]:9.3f}")
+    print(f"final: average of the last half; epochs: of {tokens:,} tokens drawn by it; loss: nats a token")
+    print(f"target {', '.join(target_names)}: test loss {test_loss:.4f} nats a token, {bits:.4f} bits a byte")
+
+    result = {
+        "mixture": dict(zip(names, final)), "recommended": "last_half_average", "unit": "tokens",
+        "mixtures": {n: dict(zip(names, m)) for n, m in mixtures.items()},
+        "searched": searching, "target": target_names, "test_loss": test_loss, "test_bits_per_byte": bits,
+        "test_loss_by_target": test, "tokenizer": tokenizer, "seed": args.seed, "steps": step, "tokens": tokens,
+        "sources": {n: {"tokens_available": available[k], "tokens_seen": int(drawn[k]),
+                        "epochs": drawn[k].item() / available[k], "val_loss": final_loss[k]}
+                    for k, n in enumerate(names)},
+        "seconds": round(seconds, 1), "torch": torch.__version__, "settings": vars(args)}
+    save_atomically(out / "mixture.json", lambda f: f.write((json.dumps(result, indent=1) + "\n").encode()))
+    print(f"wrote {out}/mixture.json, log.jsonl and ckpt.pt; draw them with: python plot_mixture.py {out}")
+
+
+if __name__ == "__main__":
+    main()
