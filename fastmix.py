@@ -165,20 +165,22 @@ class TokenSet:
         return torch.from_numpy(ids)
 
 
-def draw(q, n, generator):
+def draw(q, u):
     """
-    Systematic sampling of n sequences over sources with probabilities q (K,): one random offset, n equally spaced
-    points on the cumulative q. Source k gets floor(n q_k) or ceil(n q_k) sequences, n q_k in expectation, so no source
-    is missing by chance. Returns (source of each sequence (n,), uniform numbers (n,) that place it in its source).
+    Systematic sampling of n sequences over sources with probabilities q (K,), from uniform numbers u (n + 1,): u[0] is
+    the one offset of n equally spaced points on the cumulative q. Source k gets floor(n q_k) or ceil(n q_k) sequences,
+    n q_k in expectation, so none is missing by chance. Returns the source of each sequence, (n,) in ascending order.
     """
-    u = torch.rand(n + 1, generator=generator, dtype=torch.float64).numpy()
+    n = len(u) - 1
     edges = np.cumsum(q) / np.sum(q)
-    source = np.searchsorted(edges, (np.arange(n) + u[0]) / n, side="right")
-    return np.minimum(source, len(q) - 1), u[1:]
+    return np.minimum(np.searchsorted(edges, (np.arange(n) + u[0]) / n, side="right"), len(q) - 1)
 
 
 def gather(sets, split, source, u, block_size):
-    """Sequences drawn by draw(): inputs and next-token targets, both (B, T) int64. Loops over sources, not tokens."""
+    """
+    Sequence i starts at the fraction u[i] of a split of sets[source[i]]. Returns inputs and next-token targets, both
+    (B, T) int64. Loops over sources, never over tokens.
+    """
     ids = torch.empty(len(source), block_size + 1, dtype=torch.int64)
     for k in np.unique(source):
         rows = np.flatnonzero(source == k)
@@ -274,6 +276,18 @@ def target_gradient(model, weight, x, y):
     hidden = model(x).flatten(0, 1)
     learned = (y.flatten() != IGNORE).to(torch.float32)
     return head_pass(hidden, weight, y.flatten(), learned / learned.sum(), grad_weight=True)[3]
+
+
+def batch_loss(model, head, x, y, r, n_sequences, G_val=None):
+    """
+    A micro-batch's part of the step's loss, sum_t r_t token_loss_t / (tokens of the step). x, y (B, T); r (B,) weights
+    of its sequences; n_sequences the step has in all. Dividing by their number and not by the sum of the weights keeps
+    the expected gradient exactly sum_k alpha_k g_k. Returns (loss, token_loss (B, T), alignment (B, T) or None).
+    """
+    hidden = model(x)  # (B, T, C)
+    loss, token_loss, alignment = fused_cross_entropy(hidden.flatten(0, 1), head, y.flatten(),
+                                                      r.repeat_interleave(x.shape[1]), G_val)
+    return loss * (r.sum() / n_sequences), token_loss.view_as(y), None if G_val is None else alignment.view_as(y)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -525,6 +539,9 @@ def main():
         return torch.tensor([np.interp(fraction, schedule[0].numpy(), rows[:, k]) for k in range(K)],
                             dtype=torch.float32, device=device)
 
+    def uniform_numbers(n, generator):
+        return torch.rand(n, generator=generator, dtype=torch.float64).numpy()
+
     member_of = torch.arange(K, device=device)[:, None]
     clock, line_seconds, line_step = time.time(), seconds, start
     val_loss, step = math.nan, start
@@ -576,8 +593,8 @@ def main():
         outer = searching and step % args.outer_every == 0
         G_val = None
         if outer:
-            which, u = draw(np.full(len(targets), 1 / len(targets)), args.target_batch_size, target_rng)
-            x, y = gather(targets, "val", which, u, args.block_size)
+            u = uniform_numbers(args.target_batch_size + 1, target_rng)
+            x, y = gather(targets, "val", draw(np.ones(len(targets)), u), u[1:], args.block_size)
             with autocast:
                 G_val = target_gradient(model, head, x.to(device), y.to(device))
 
@@ -585,8 +602,9 @@ def main():
         alpha = alpha_at(step)
         q = (1 - uniform_share) * alpha + uniform_share / K
         weights = alpha / q  # (K,) formula (1); 0 / 0 where a source is neither wanted nor drawn
-        source, u = draw(q.double().cpu().numpy(), args.batch_size * args.grad_accum, train_rng)
-        X, Y = gather(sources, "train", source, u, args.block_size)
+        u = uniform_numbers(args.batch_size * args.grad_accum + 1, train_rng)
+        source = draw(q.double().cpu().numpy(), u)  # (B * grad_accum,)
+        X, Y = gather(sources, "train", source, u[1:], args.block_size)
         lr = learning_rate_at(step, args)
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -594,19 +612,14 @@ def main():
         step_loss = torch.zeros((), device=device)
         for micro in range(args.grad_accum):  # every grad_accum-th sequence, so that each holds all sources
             x, y, k = (t[micro::args.grad_accum].to(device) for t in (X, Y, torch.from_numpy(source)))
-            r = weights[k]  # (B,)
             with autocast:
-                hidden = model(x)  # (B, T, C)
-                loss, token_loss, alignment = fused_cross_entropy(
-                    hidden.flatten(0, 1), head, y.flatten(), r.repeat_interleave(args.block_size), G_val)
-            # dividing by the number of sequences, not by their weights' sum, is what makes formula (1) exact
-            loss = loss * (r.sum() / len(source))
+                loss, token_loss, alignment = batch_loss(model, head, x, y, weights[k], len(source), G_val)
             loss.backward()
             member = (k == member_of).float()  # (K, B) one-hot: a matmul adds up by source, in a fixed order
             seen[1] += member.sum(1) * args.block_size
-            meter[0] += member @ token_loss.view_as(y).sum(1)
+            meter[0] += member @ token_loss.sum(1)
             if outer:
-                seen[0] += member @ alignment.view_as(y).sum(1)
+                seen[0] += member @ alignment.sum(1)
             step_loss += loss.detach()
         if args.grad_clip:
             torch.nn.utils.clip_grad_norm_(net.parameters(), args.grad_clip)

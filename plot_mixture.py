@@ -1,0 +1,180 @@
+"""
+Draw what fastmix.py logged.
+
+    python plot_mixture.py out                 out/mixture.png: mixture, losses and alignments of one run
+    python plot_mixture.py out out-uniform     out/comparison.png: mixtures and target loss of several runs
+
+Reads only log.jsonl, so it works on a run in progress.
+"""
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+
+# Okabe and Ito's palette: told apart with any kind of colour vision. Beyond it, sources share a grey "others".
+COLOURS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#B8A600"]
+GREY, INK = "#999999", "#222222"
+
+
+def fail(message):
+    """Ends the program with one line on stderr and exit status 2."""
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def read_log(folder):
+    """{column: (P,) array, or {name: (P,) array}} from folder/log.jsonl; missing values are NaN."""
+    path = Path(folder, "log.jsonl")
+    try:
+        lines = path.read_text().splitlines(keepends=True)
+        rows = [json.loads(line) for line in lines if line.endswith("\n")]  # the last may be half written
+        nan = lambda v: np.nan if v is None else v
+        log = {}
+        for key in ("step", "target_val_loss"):
+            log[key] = np.array([nan(r[key]) for r in rows], dtype=float)
+        for key in ("alpha", "alignment", "source_loss"):
+            log[key] = {n: np.array([nan(r[key][n]) for r in rows], dtype=float) for n in rows[0]["alpha"]}
+        return log
+    except OSError as error:
+        fail(f"{path}: {error.strerror}; a run of fastmix.py --out_dir {folder} writes it")
+    except (ValueError, KeyError, TypeError):
+        fail(f"{path} is not a log that fastmix.py wrote")
+    except IndexError:
+        fail(f"{path} is still empty; try again when the run has logged a line")
+
+
+def smooth(y, window):
+    """Centred moving average that skips missing values and keeps the length."""
+    ones, known = np.ones(window), np.isfinite(y)
+    count = np.convolve(known, ones, "same")
+    return np.where(count > 0, np.convolve(np.where(known, y, 0), ones, "same") / np.maximum(count, 1), np.nan)
+
+
+def label_ends(ax, labels):
+    """Writes (y, text, colour) right of the axes at height y, moved apart where they would overlap."""
+    low, high = ax.get_ylim()
+    gap = (high - low) * 15 / (ax.get_window_extent().height / ax.figure.dpi * 72)  # 15 points
+    labels = sorted(l for l in labels if np.isfinite(l[0]))
+    heights = [min(max(y, low), high) for y, _, _ in labels]
+    for _ in range(200):  # push neighbours apart, half each, until nothing overlaps
+        for i in range(1, len(heights)):
+            overlap = gap - (heights[i] - heights[i - 1])
+            if overlap > 1e-9:
+                heights[i - 1] -= overlap / 2
+                heights[i] += overlap / 2
+    for height, (_, text, colour) in zip(heights, labels):
+        ax.annotate(text, (1.01, height), xycoords=("axes fraction", "data"), color=colour, va="center",
+                    fontsize=10, fontweight="bold", annotation_clip=False)
+
+
+def last(y):
+    """Last value that is there."""
+    known = y[np.isfinite(y)]
+    return known[-1] if len(known) else np.nan
+
+
+def plot_run(plt, log, title):
+    """Mixture on top; losses and alignments below."""
+    fig, axes = plt.subplot_mosaic([["mixture", "mixture"], ["loss", "alignment"]], figsize=(10, 7.2), dpi=110)
+    fig.subplots_adjust(left=0.07, right=0.88, top=0.93, bottom=0.08, hspace=0.34, wspace=0.52)
+    step, names = log["step"], list(log["alpha"])
+    shown = names if len(names) <= len(COLOURS) else sorted(names, key=lambda n: -last(log["alpha"][n]))[:6]
+    bands = {n: log["alpha"][n] for n in shown}
+    if len(shown) < len(names):
+        bands[f"{len(names) - len(shown)} others"] = sum(log["alpha"][n] for n in names if n not in shown)
+    colour = dict(zip(shown, COLOURS))
+
+    ax = axes["mixture"]
+    ax.stackplot(step, *bands.values(), colors=[colour.get(n, GREY) for n in bands], alpha=0.85, edgecolor="white",
+                 linewidth=0.6)
+    ax.set(title=title, ylabel="mixture weight", xlabel="step", ylim=(0, 1), xlim=(step[0], max(step[-1], 1)))
+    tops = np.cumsum([b[-1] for b in bands.values()])
+    label_ends(ax, [(top - b[-1] / 2, f"{n}  {b[-1]:.2f}", colour.get(n, GREY))
+                    for top, (n, b) in zip(tops, bands.items())])
+
+    ax = axes["loss"]
+    for n in shown:
+        ax.plot(step, log["source_loss"][n], color=colour[n], linewidth=1.2)
+    known = np.isfinite(log["target_val_loss"])
+    ax.plot(step[known], log["target_val_loss"][known], color=INK, linewidth=2.4)
+    ax.set(title="target val loss (black) and train losses", xlabel="step", ylabel="nats a token")
+    label_ends(ax, [(last(log["source_loss"][n]), n, colour[n]) for n in shown]
+               + [(last(log["target_val_loss"]), "target", INK)])
+
+    ax = axes["alignment"]
+    window = max(1, len(step) // 12)
+    curves = {n: smooth(log["alignment"][n], window) for n in shown}
+    for n in shown:
+        ax.plot(step, log["alignment"][n], color=colour[n], linewidth=0.8, alpha=0.3)
+        ax.plot(step, curves[n], color=colour[n], linewidth=1.8)
+    ax.set(title="alignment with the target", xlabel="step", ylabel=r"$\langle g_{val}, g_k\rangle$")
+    values = np.concatenate([c[len(step) // 8:] for c in curves.values()])  # the first steps dwarf all others
+    values = values[np.isfinite(values)]
+    if len(values):
+        margin = 0.15 * (values.max() - values.min()) + 1e-9
+        ax.set_ylim(values.min() - margin, values.max() + margin)
+        ax.axhline(0, color=GREY, linewidth=0.8)
+        label_ends(ax, [(last(curves[n]), n, colour[n]) for n in shown])
+    else:
+        ax.text(0.5, 0.5, "fixed mixture: none measured", ha="center", color=GREY, transform=ax.transAxes)
+    return fig
+
+
+def plot_comparison(plt, logs):
+    """Last-half average mixture of each run as grouped bars; target val loss over the steps."""
+    fig, (left, right) = plt.subplots(1, 2, figsize=(10, 4.6), dpi=110)
+    fig.subplots_adjust(left=0.07, right=0.85, top=0.91, bottom=0.2, wspace=0.22)
+    names = list(dict.fromkeys(n for log in logs.values() for n in log["alpha"]))
+    width = 0.8 / len(logs)
+    for i, (run, log) in enumerate(logs.items()):
+        half = log["step"] >= log["step"][-1] / 2
+        heights = [log["alpha"][n][half].mean() if n in log["alpha"] else 0 for n in names]
+        style = {"color": COLOURS[i % len(COLOURS)]}
+        left.bar(np.arange(len(names)) + (i - (len(logs) - 1) / 2) * width, heights, width, **style)
+        known = np.isfinite(log["target_val_loss"])
+        right.plot(log["step"][known], log["target_val_loss"][known], linewidth=1.8,
+                   linestyle=["-", "--", ":"][i // len(COLOURS) % 3], **style)
+    left.set_xticks(np.arange(len(names)), names, rotation=30 if len(names) < 13 else 90, ha="right")
+    left.set(title="mixture (average of the last half)", ylabel="weight")
+    right.set(title="target val loss", xlabel="step", ylabel="nats a token")
+    ends = [log["target_val_loss"][np.isfinite(log["target_val_loss"])] for log in logs.values()]
+    tails = np.concatenate([e[-max(1, len(e) * 2 // 3):] for e in ends if len(e)] or [np.zeros(1)])
+    right.set_ylim(tails.min() - 0.05 * np.ptp(tails) - 1e-3, tails.max() + 0.05 * np.ptp(tails) + 1e-3)
+    label_ends(right, [(last(log["target_val_loss"]), f"{run}  {last(log['target_val_loss']):.3f}",
+                        COLOURS[i % len(COLOURS)]) for i, (run, log) in enumerate(logs.items())])
+    return fig
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", help="out_dir of a run; several give a comparison")
+    parser.add_argument("--show", action="store_true", help="open a window as well")
+    args = parser.parse_args()
+    logs = {run.rstrip("/"): read_log(run) for run in args.runs}
+    if not args.show:
+        matplotlib.use("Agg")  # draws without a display
+    import matplotlib.pyplot as plt
+    plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "font.size": 10})
+    first = next(iter(logs))
+    if len(logs) == 1:
+        fig, path = plot_run(plt, logs[first], f"{first}: mixture over training"), Path(first, "mixture.png")
+    else:
+        fig, path = plot_comparison(plt, logs), Path(first, "comparison.png")
+    partial = path.with_suffix(".partial.png")
+    try:
+        fig.savefig(partial)
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        fail(f"cannot write {path}: {error.strerror}")
+    print(f"wrote {path}")
+    if args.show:
+        plt.show()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+"""Helpers of the tests: the programs as a user starts them, and small token sets."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+TINY = ["--n_layer", "1", "--n_head", "2", "--n_embd", "32", "--block_size", "16", "--batch_size", "8",
+        "--target_batch_size", "4", "--warmup_steps", "5", "--eval_tokens", "512", "--eval_every", "20", "--log_every",
+        "5", "--device", "cpu"]
+
+
+def start(script, *args, cwd, **kw):
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}  # models this small only lose by threads
+    return subprocess.Popen([sys.executable, str(ROOT / script), *map(str, args)], cwd=cwd, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, **{"env": env, **kw})
+
+
+def run(script, *args, cwd, status=0, **kw):
+    """Runs a script of the repository; returns its stdout, or its stderr where a non-zero status is expected."""
+    process = start(script, *args, cwd=cwd, **kw)
+    out, err = process.communicate(timeout=150)
+    assert process.returncode == status, f"status {process.returncode}\n{out}\n{err}"
+    return out if status == 0 else err
+
+
+def refused(script, *args, cwd, **kw):
+    """Runs a script on bad input: status 2 and one clear line. Returns the line."""
+    err = run(script, *args, cwd=cwd, status=2, **kw).strip()
+    line = err.splitlines()[-1]
+    assert "error: " in line and "Traceback" not in err, err
+    assert len(err.splitlines()) == 1 or err.startswith("usage: ") and len(err.splitlines()) == 2, err
+    return line
+
+
+def write_set(folder, splits, vocab_size=64, tokenizer="synthetic", dtype="uint16"):
+    """A prepared set from {split: ids}."""
+    folder.mkdir(parents=True)
+    counts = {}
+    for split, ids in splits.items():
+        np.asarray(ids, dtype=dtype).tofile(folder / f"{split}.bin")
+        counts[split] = {"tokens": len(ids), "bytes": len(ids), "documents": 1, "sha256": str(hash(bytes(ids)))}
+    (folder / "meta.json").write_text(json.dumps({"name": folder.name, "tokenizer": tokenizer, "dtype": dtype,
+                                                  "vocab_size": vocab_size, "splits": counts}))
+
+
+def markov(seed, n, vocab_size=64, successors=4, draw_seed=0):
+    """n tokens of a random Markov chain; `seed` sets its transitions, `draw_seed` the path."""
+    table = np.random.default_rng(seed).integers(0, vocab_size, (vocab_size, successors))
+    choice = np.random.default_rng(1000 * seed + draw_seed).integers(0, successors, n)
+    ids, state = np.empty(n, np.uint8), 0
+    for i, c in enumerate(choice):
+        ids[i] = state = table[state, c]
+    return ids
+
+
+def chain_set(folder, seed, n=20_000, draw_seed=0):
+    ids = markov(seed, n, draw_seed=draw_seed)
+    write_set(folder, {"train": ids[: n // 2], "val": ids[n // 2: 3 * n // 4], "test": ids[3 * n // 4:]})
+
+
+@pytest.fixture(scope="session")
+def synthetic(tmp_path_factory):
+    """data/ with three Markov chains a, b, c, uniform `noise`, and a `target` drawn from b's chain."""
+    folder = tmp_path_factory.mktemp("synthetic")
+    for i, name in enumerate("abc", 1):
+        chain_set(folder / "data" / name, i)
+    chain_set(folder / "data" / "target", 2, draw_seed=7)
+    chain_set(folder / "data" / "b2", 2)  # b again under another name
+    noise = np.random.default_rng(0).integers(0, 64, 20_000).astype(np.uint8)
+    write_set(folder / "data" / "noise", {"train": noise[:10_000], "val": noise[10_000:15_000],
+                                          "test": noise[15_000:]})
+    return folder
+
+
+def log_rows(out):
+    return [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]

@@ -1,0 +1,145 @@
+"""Sampling, the equivalence of weights and sampling, and the mixture's gradient, against enumeration and differences."""
+import itertools
+import json
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from conftest import refused
+from fastmix import batch_loss, draw, fused_cross_entropy, gather, head_pass, mixture_gradient, mixture_step
+from model import GPT, GPTConfig
+
+
+def offsets(q, n):
+    """Exact enumeration of the offset: midpoints and lengths of the intervals on which draw() is constant."""
+    edges = np.cumsum(q) / np.sum(q)
+    breaks = np.unique(np.concatenate([[0.0, 1.0], (edges * n) % 1.0]))
+    return list(zip((breaks[1:] + breaks[:-1]) / 2, np.diff(breaks)))
+
+
+@pytest.mark.parametrize("q", [[0.5, 0.5], [0.7, 0.2, 0.06, 0.04], [1.0, 0.0, 0.0], [1 / 3] * 3, [0.01] * 100])
+@pytest.mark.parametrize("n", [1, 8, 33])
+def test_systematic_draw_is_unbiased_and_within_one(q, n):
+    expected = np.zeros(len(q))
+    for offset, length in offsets(q, n):
+        count = np.bincount(draw(np.array(q), np.append(offset, np.zeros(n))), minlength=len(q))
+        assert (count >= np.floor(np.array(q) * n - 1e-9)).all() and (count <= np.ceil(np.array(q) * n + 1e-9)).all()
+        expected += length * count
+    np.testing.assert_allclose(expected, np.array(q) / sum(q) * n, atol=1e-9)
+
+
+def test_draw_at_the_edges():
+    u = np.zeros(9)
+    u[0] = np.nextafter(1.0, 0.0)
+    assert draw(np.array([0.1] * 10), u).max() < 10
+
+
+class Windows:
+    """A source of exactly two windows of length T."""
+
+    def __init__(self, seed, T, vocab_size):
+        self.train = torch.randint(0, vocab_size, (T + 2,), generator=torch.Generator().manual_seed(seed)).numpy()
+
+    def windows(self, split, start, length):
+        return torch.from_numpy(self.train[start[:, None] + np.arange(length)])
+
+
+@pytest.mark.parametrize("eps", [0.0, 0.25, 1.0])
+def test_expected_gradient_is_the_mixtures(eps):
+    """Formula (1) by enumeration of every offset and every window of a batch: E[gradient] = sum_k alpha_k g_k."""
+    K, B, T, V = 3, 3, 4, 7
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(V, T, 1, 1, 4)).double()
+    head, params = model.lm_head.weight, list(model.parameters())
+    sets = [Windows(k, T, V) for k in range(K)]
+    alpha = torch.tensor([0.62, 0.27, 0.11], dtype=torch.float64)
+    q = (1 - eps) * alpha + eps / K
+
+    def flat(loss):
+        return torch.cat([g.flatten() for g in torch.autograd.grad(loss, params)])
+
+    exact = 0
+    for k in range(K):
+        x, y = gather(sets, "train", np.array([k, k]), np.array([0.25, 0.75]), T)
+        exact = exact + alpha[k] * flat(F.cross_entropy((model(x) @ head.T).flatten(0, 1), y.flatten()))
+    expected = 0
+    for offset, length in offsets(q.numpy(), B):
+        for places in itertools.product([0.25, 0.75], repeat=B):
+            source = draw(q.numpy(), np.array([offset, *places]))
+            x, y = gather(sets, "train", source, np.array(places), T)
+            r = (alpha / q)[torch.from_numpy(source)]
+            expected = expected + length / 2**B * flat(batch_loss(model, head, x, y, r, B)[0])
+    torch.testing.assert_close(expected, exact)
+
+
+def test_gradient_on_z_equals_difference_of_the_look_ahead():
+    """Formula (3) against a central difference of L_val(W - eta sum_k alpha_k(z) g_k) over z, W the head."""
+    K, N, V, C, eta, step = 4, 30, 11, 5, 1e-5, 1e-4
+    g = torch.Generator().manual_seed(3)
+    weight = torch.randn(V, C, generator=g, dtype=torch.float64)
+    hidden = torch.randn(K + 1, N, C, generator=g, dtype=torch.float64)  # K sources and, last, the target
+    targets = torch.randint(0, V, (K + 1, N), generator=g)
+    even = torch.full((N,), 1 / N, dtype=torch.float64)
+    G = [head_pass(hidden[k], weight, targets[k], even, grad_weight=True)[3] for k in range(K + 1)]
+    A = torch.stack([fused_cross_entropy(hidden[k], weight, targets[k], G_val=G[-1])[2].mean() for k in range(K)])
+    z = torch.randn(K, generator=g, dtype=torch.float64)
+
+    def look_ahead(z):
+        alpha = torch.softmax(z, 0)
+        ahead = weight - eta * sum(a * g_k for a, g_k in zip(alpha, G))
+        return F.cross_entropy(hidden[-1] @ ahead.T, targets[-1])
+    difference = torch.stack([(look_ahead(z + d) - look_ahead(z - d)) / (2 * step)
+                              for d in step * torch.eye(K, dtype=torch.float64)])
+    got = mixture_gradient(torch.softmax(z, 0), A, torch.ones(K, dtype=torch.bool), eta)
+    torch.testing.assert_close(got, difference, rtol=1e-3, atol=1e-10)
+
+
+def test_entropy_term_is_its_gradient_and_raises_entropy():
+    z = torch.tensor([1.5, 0.2, -0.7], dtype=torch.float64, requires_grad=True)
+    alpha = torch.softmax(z, 0)
+    lam, everyone = 0.3, torch.ones(3, dtype=torch.bool)
+    (expected,) = torch.autograd.grad(lam * (alpha * alpha.log()).sum(), z)
+    got = mixture_gradient(alpha.detach(), torch.zeros(3, dtype=torch.float64), everyone, entropy=lam)
+    torch.testing.assert_close(got, expected)
+
+    def entropy(z):
+        return -(torch.softmax(z, 0) * torch.log_softmax(z, 0)).sum()
+    assert entropy(z.detach() - 0.1 * got) > entropy(z.detach())  # a descent step flattens the mixture
+
+
+def test_absent_source_keeps_its_logit_and_stays_out_of_the_centring():
+    present = torch.tensor([True, False, True])
+    alpha = torch.softmax(torch.tensor([0.5, 1.0, -0.3]), 0)
+    gradient = mixture_gradient(alpha, torch.tensor([2.0, 0.0, 1.0]), present)
+    share = alpha[[0, 2]] / alpha[[0, 2]].sum()
+    centred = torch.tensor([2.0, 1.0]) - (share * torch.tensor([2.0, 1.0])).sum()
+    torch.testing.assert_close(gradient[[0, 2]], -alpha[[0, 2]] * centred)
+    assert gradient[1] == 0
+    # whatever number stands for the missing alignment changes nothing
+    torch.testing.assert_close(gradient, mixture_gradient(alpha, torch.tensor([2.0, -50.0, 1.0]), present))
+
+    z, moments, everyone = torch.zeros(3), torch.zeros(3, 3), torch.ones(3, dtype=torch.bool)
+    mixture_step(z, moments, torch.tensor([1.0, -2.0, 0.5]), everyone, 0.1)
+    before, moments_before = z.clone(), moments.clone()
+    mixture_step(z, moments, gradient, present, 0.1)  # Adam's momentum would move source 1
+    assert z[1] == before[1] and (moments[:, 1] == moments_before[:, 1]).all() and (z != before).sum() == 2
+
+
+def test_equal_alignments_leave_the_mixture_alone():
+    alpha = torch.softmax(torch.randn(5, dtype=torch.float64), 0)
+    gradient = mixture_gradient(alpha, torch.full((5,), 3.0, dtype=torch.float64), torch.ones(5, dtype=torch.bool))
+    torch.testing.assert_close(gradient, torch.zeros(5, dtype=torch.float64), atol=1e-12, rtol=0)
+
+
+def test_mixture_step_is_adam_when_all_are_present():
+    z, moments = torch.zeros(4, dtype=torch.float64), torch.zeros(3, 4, dtype=torch.float64)
+    reference = torch.zeros(4, dtype=torch.float64, requires_grad=True)
+    adam = torch.optim.Adam([reference], lr=0.05, betas=(0.9, 0.95), eps=1e-12)
+    for i in range(20):
+        gradient = torch.randn(4, generator=torch.Generator().manual_seed(i), dtype=torch.float64)
+        mixture_step(z, moments, gradient, torch.ones(4, dtype=torch.bool), 0.05)
+        reference.grad = gradient
+        adam.step()
+    torch.testing.assert_close(z, reference.detach())
