@@ -95,14 +95,14 @@ def parse_args(defaults=None):
           ("entropy", number(0), 0.0, "lambda: keeps the mixture's entropy up, in units of the alignment"),
           ("target_batch_size", positive, 8, "target sequences an outer step"))
     group("model",
-          ("n_layer", positive, 4, "blocks"), ("n_head", positive, 4, "attention heads"),
-          ("n_embd", positive, 128, "channels"), ("block_size", positive, 128, "context, in tokens"))
+          ("n_layer", positive, 2, "blocks"), ("n_head", positive, 4, "attention heads"),
+          ("n_embd", positive, 128, "channels"), ("block_size", positive, 64, "context, in tokens"))
     group("training (the inner problem)",
-          ("batch_size", positive, 32, "sequences a micro-batch"),
+          ("batch_size", positive, 16, "sequences a micro-batch"),
           ("grad_accum", positive, 1, "micro-batches an optimizer step"),
-          ("max_steps", positive, 600, "optimizer steps"),
-          ("learning_rate", number(0), 2e-3, "AdamW's peak learning rate"),
-          ("min_lr", number(0), 2e-4, "learning rate at the end of the cosine decay"),
+          ("max_steps", positive, 2400, "optimizer steps"),
+          ("learning_rate", number(0), 4e-3, "AdamW's peak learning rate"),
+          ("min_lr", number(0), 4e-4, "learning rate at the end of the cosine decay"),
           ("warmup_steps", int, 50, "steps of linear warm-up"),
           ("weight_decay", number(0), 0.1, "on matrices and embeddings"),
           ("grad_clip", number(0), 1.0, "largest norm of the gradient; 0 for none"))
@@ -111,10 +111,10 @@ def parse_args(defaults=None):
           ("device", ("auto", "cpu", "cuda", "mps"), "auto", "where to run"),
           ("dtype", ("auto", "float32", "bfloat16"), "auto", "autocast type; auto: bfloat16 on cuda, else float32"),
           ("compile", bool, False, "torch.compile the model"),
-          ("log_every", positive, 10, "steps between two lines"),
-          ("eval_every", positive, 50, "steps between two evaluations of the target, and checkpoints"),
+          ("log_every", positive, 50, "steps between two lines"),
+          ("eval_every", positive, 100, "steps between two evaluations of the target, and checkpoints"),
           ("eval_tokens", positive, 16384, "tokens of each val split in an evaluation"),
-          ("test_tokens", positive, 2**20, "at most so many tokens of each test split at the end"),
+          ("test_tokens", positive, 2**18, "at most so many tokens of each test split at the end"),
           ("source_losses", bool, False, "print each source's training loss as well"))
     p.set_defaults(**(defaults or {}))
     return p.parse_args()

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 @dataclass
 class GPTConfig:
     vocab_size: int = 257  # 256 bytes and <|endoftext|>
-    block_size: int = 128  # longest context, in tokens
-    n_layer: int = 4
+    block_size: int = 64  # longest context, in tokens
+    n_layer: int = 2
     n_head: int = 4
     n_embd: int = 128
 
