@@ -172,7 +172,8 @@ def draw(q, u):
     n q_k in expectation, so none is missing by chance. Returns the source of each sequence, (n,) in ascending order.
     """
     n = len(u) - 1
-    edges = np.cumsum(q) / np.sum(q)
+    edges = np.cumsum(q)
+    edges /= edges[-1]
     return np.minimum(np.searchsorted(edges, (np.arange(n) + u[0]) / n, side="right"), len(q) - 1)
 
 
@@ -418,6 +419,8 @@ def main():
     args = parse_args()
     out = Path(args.out_dir)
     held = [f for f in ("log.jsonl", "ckpt.pt", "mixture.json") if (out / f).exists()]
+    if args.resume and args.overwrite:
+        fail("--resume goes on with a run and --overwrite deletes it; give one of them")
     if held and not args.resume and not args.overwrite:
         fail(f"{out}/ holds another run ({', '.join(held)}); add --resume to go on with it, --overwrite to replace it, "
              "or choose another --out_dir")
@@ -425,11 +428,11 @@ def main():
     if args.resume:
         try:  # weights_only: a checkpoint from a stranger must not run code
             ckpt = torch.load(out / "ckpt.pt", map_location="cpu", weights_only=True)
+            stored = ckpt["args"]
         except FileNotFoundError:
-            fail(f"{out}/ckpt.pt: no checkpoint to resume from; start without --resume")
-        except Exception as error:
+            fail(f"{out}/ckpt.pt: no checkpoint to resume from; start anew with --overwrite")
+        except Exception as error:  # whatever a file that is none of ours may raise
             fail(f"{out}/ckpt.pt cannot be read ({type(error).__name__}); start anew with --overwrite")
-        stored = ckpt["args"]
         args = parse_args({k: v for k, v in stored.items() if k not in ("resume", "overwrite")})
         changed = [k for k, v in vars(args).items() if k not in MAY_CHANGE and v != stored[k]]
         if changed:
@@ -448,10 +451,11 @@ def main():
 
     # data
     sample = args.sources is None
-    names = (args.sources or SAMPLE_SOURCES).split(",")
+    names = [n.strip() for n in (args.sources or SAMPLE_SOURCES).split(",")]
     if sample:  # go on with what this machine has
         names = [n for n in names if Path(args.data_dir, n, "meta.json").is_file()] or names
-    target_names = args.target.split(",") if args.target else [SAMPLE_TARGET] if sample else names
+    target_names = [n.strip() for n in args.target.split(",")] if args.target else [SAMPLE_TARGET] if sample else names
+    note = "" if args.target or sample else " (the sources' own val splits in equal parts)"
     for flag, given in (("--sources", names), ("--target", target_names)):
         twice = [n for n in given if given.count(n) > 1]
         if twice:
@@ -472,7 +476,9 @@ def main():
     schedule = None
     if not searching:
         schedule = ckpt["schedule"] if ckpt else read_mixture(args.mixture, names, available)
-    uniform_share = args.uniform_share if args.uniform_share is not None else 0.25 if searching else 0.0
+    if args.uniform_share is None:
+        args.uniform_share = 0.25 if searching else 0.0
+    args.sources, args.target = ",".join(names), ",".join(target_names)  # what is saved says what was used
 
     # model
     if args.n_embd % args.n_head:
@@ -521,8 +527,7 @@ def main():
     tokens_per_step = args.batch_size * args.grad_accum * args.block_size
     print(f"{net.num_params():,} parameters, {tokens_per_step:,} tokens a step, {device}, {dtype}")
     print(f"sources {', '.join(names)}; target {', '.join(target_names)}"
-          + ("" if args.target or sample else " (the sources' own val splits in equal parts)")
-          + f"; {'searching' if searching else f'mixture {args.mixture}'}")
+          + f"{note}; {'searching' if searching else f'mixture {args.mixture}'}")
 
     stop = []  # the first Ctrl-C or SIGTERM ends the run after the step, the second at once
 
@@ -555,7 +560,7 @@ def main():
             with autocast:
                 val_loss = np.mean([evaluate(model, head, t, "val", args.eval_tokens, args, device) for t in targets])
         if (step % args.log_every == 0 or evaluating) and not (ckpt and step == start):
-            alpha = alpha_at(step).double().cpu()
+            alpha = alpha_at(step).cpu().double()
             bad = (~torch.isfinite(torch.stack(losses))).nonzero() if losses else []
             if len(bad):
                 fail(f"the loss was {losses[bad[0]]:.3g} at step {step - len(losses) + 1 + bad[0].item()}; stopped, the "
@@ -572,9 +577,10 @@ def main():
             except OSError as error:
                 fail(f"cannot write {out}/log.jsonl: {error.strerror}; make room and go on with --resume")
             rate = (step - line_step) / max(seconds - line_seconds, 1e-9)
-            eta = (args.max_steps - step) / rate if rate else math.nan
-            print(f"step {step:5d} {100 * step / args.max_steps:3.0f}% | train {train_loss:.3f} | target {val_loss:.3f} | "
-                  f"{rate * tokens_per_step:,.0f} tok/s | " + (f"{eta:.0f} s left | " if rate else "")
+            eta = (args.max_steps - step) / rate if rate else 0
+            print(f"step {step:5d} {100 * step / args.max_steps:3.0f}% | "
+                  + (f"train {train_loss:.3f} | " if rate else "") + f"target {val_loss:.3f} | "
+                  + (f"{rate * tokens_per_step:,.0f} tok/s | {eta:.0f} s left | " if rate else "")
                   + bars(names, alpha), flush=True)
             if args.source_losses:
                 print("      " + "  ".join(f"{n} {v:.3f}" for n, v in zip(names, source_loss.tolist())))
@@ -600,10 +606,10 @@ def main():
 
         # ---- inner step: weighted loss of sequences drawn from q
         alpha = alpha_at(step)
-        q = (1 - uniform_share) * alpha + uniform_share / K
+        q = (1 - args.uniform_share) * alpha + args.uniform_share / K
         weights = alpha / q  # (K,) formula (1); 0 / 0 where a source is neither wanted nor drawn
         u = uniform_numbers(args.batch_size * args.grad_accum + 1, train_rng)
-        source = draw(q.double().cpu().numpy(), u)  # (B * grad_accum,)
+        source = draw(q.cpu().double().numpy(), u)  # (B * grad_accum,)
         X, Y = gather(sources, "train", source, u[1:], args.block_size)
         lr = learning_rate_at(step, args)
         for group in optimizer.param_groups:
@@ -638,9 +644,9 @@ def main():
         meter[1] += seen[1]
         losses.append(step_loss)
         drawn += torch.from_numpy(np.bincount(source, minlength=K)) * args.block_size
-        alpha_sum += alpha.double().cpu()
+        alpha_sum += alpha.cpu().double()
         if step >= args.max_steps // 2:
-            alpha_sum_half += alpha.double().cpu()
+            alpha_sum_half += alpha.cpu().double()
         step += 1
 
     # ---- results
@@ -650,7 +656,7 @@ def main():
     per_byte = {t.name: t.meta["splits"]["test"]["tokens"] / t.meta["splits"]["test"]["bytes"] for t in targets}
     test_loss = float(np.mean(list(test.values())))
     bits = float(np.mean([test[n] * per_byte[n] / math.log(2) for n in test]))
-    mixtures = {"last": alpha_at(step).double().cpu(), "last_half_average": alpha_sum_half, "run_average": alpha_sum}
+    mixtures = {"last": alpha_at(step).cpu().double(), "last_half_average": alpha_sum_half, "run_average": alpha_sum}
     mixtures = {n: (m / m.sum()).tolist() for n, m in mixtures.items()}
     final, tokens = mixtures["last_half_average"], step * tokens_per_step
     first = [1 / K] * K if searching else schedule[1][0].tolist()

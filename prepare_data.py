@@ -36,6 +36,7 @@ import tiktoken
 SPLITS = ("train", "val", "test")
 PIECE = 1 << 20  # characters read and tokenized at a time
 FEW_DOCUMENTS = 100  # below this a split by document would be lopsided, so documents are cut into pieces first
+SAMPLE = ("python", "cpp", "prose", "math", "legal", "noise", "numpy")  # six sources and a target
 SAMPLE_CHARS = 4_000_000  # at most this much of each sample source
 NETWORK_TIMEOUT = 60  # seconds; tiktoken itself would wait for ever
 
@@ -416,17 +417,18 @@ def main():
         few, size = piece_size(n_documents, sum(os.path.getsize(f) for f in files))
         write_set(name, own_pieces(files, args.text_key, size, quiet=False), few, tokenizer, args,
                   (args.val_fraction, args.test_fraction))
-    if not given:
+    there = [name for name in SAMPLE if not given and Path(args.data_dir, name).exists() and not args.overwrite]
+    for name in there:
+        try:
+            same = json.loads(Path(args.data_dir, name, "meta.json").read_text())["settings"] == settings(args)
+        except (OSError, ValueError, KeyError):
+            same = False
+        if not same:
+            fail(f"{Path(args.data_dir, name)} exists, prepared with other settings; add --overwrite to replace it")
+        print(f"  {name:8s} is there already, kept")
+    if not given and len(there) < len(SAMPLE):
         for name, documents in sample_sets(args.seed).items():
-            meta = Path(args.data_dir, name, "meta.json")
-            if meta.parent.exists() and not args.overwrite:
-                try:
-                    same = json.loads(meta.read_text())["settings"] == settings(args)
-                except (OSError, ValueError, KeyError):
-                    same = False
-                if not same:
-                    fail(f"{meta.parent} exists, prepared with other settings; add --overwrite to replace it")
-                print(f"  {name:8s} is there already, kept")
+            if name in there:
                 continue
             # nothing trains on the target: all but a tenth of its 200 files is there to measure with
             fractions = (0.45, 0.45) if name == "numpy" else (args.val_fraction, args.test_fraction)

@@ -1,13 +1,11 @@
 """Sampling, the equivalence of weights and sampling, and the mixture's gradient, against enumeration and differences."""
 import itertools
-import json
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-from conftest import refused
 from fastmix import batch_loss, draw, fused_cross_entropy, gather, head_pass, mixture_gradient, mixture_step
 from model import GPT, GPTConfig
 

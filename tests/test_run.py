@@ -4,6 +4,7 @@ import math
 import os
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -36,10 +37,32 @@ def assert_same(out, reference, with_log=True):
         assert rows == rows_r
 
 
+RUNS = {  # out_dir: flags
+    "reference": BASE,
+    "every": [*BASE, "--log_every", 1],
+    "looking": [*BASE, "--eval_every", 7, "--log_every", 3, "--source_losses"],
+    "fixed": [*BASE, "--mixture", "a=3,b=1"],
+    "whole": [*BASE, "--max_steps", 20],
+    "parts": [*BASE, "--max_steps", 20, "--batch_size", 2, "--grad_accum", 4],
+    "own": [*TINY, "--sources", "a,b", "--max_steps", 2],
+    "entropy": [*BASE, "--dtype", "bfloat16", "--entropy", 1e3],  # strong enough to hold the mixture near uniform
+    "diverged": [*BASE, "--max_steps", 40],
+    "at-uniform": [*BASE, "--max_steps", 2, "--mixture", "uniform"],
+    "at-proportional": [*BASE, "--max_steps", 2, "--mixture", "proportional"],
+}
+
+
 @pytest.fixture(scope="module")
-def reference(synthetic):
-    stdout = run("fastmix.py", *BASE, "--out_dir", "reference", cwd=synthetic)
-    assert "test loss" in stdout and "epochs" in stdout
+def stdout(synthetic):
+    """{out_dir: stdout} of all the runs above, two at a time."""
+    with ThreadPoolExecutor(2) as pool:
+        return dict(pool.map(lambda r: (r[0], run("fastmix.py", *r[1], "--out_dir", r[0], cwd=synthetic)),
+                             RUNS.items()))
+
+
+@pytest.fixture(scope="module")
+def reference(synthetic, stdout):
+    assert "test loss" in stdout["reference"] and "epochs" in stdout["reference"]
     return synthetic / "reference"
 
 
@@ -70,9 +93,8 @@ def test_what_a_run_writes(reference):
     assert math.isclose(mixture["test_bits_per_byte"], mixture["test_loss"] / math.log(2))
 
 
-def test_mixture_json_follows_from_the_log(synthetic):
+def test_mixture_json_follows_from_the_log(synthetic, stdout):
     """The three named mixtures, recomputed from a log that holds every step."""
-    run("fastmix.py", *BASE, "--log_every", 1, "--out_dir", "every", cwd=synthetic)
     mixtures = json.loads((synthetic / "every" / "mixture.json").read_text())["mixtures"]
     alphas = np.array([list(r["alpha"].values()) for r in log_rows(synthetic / "every")])  # (61, K), last: after training
     for name, expected in (("last", alphas[60]), ("last_half_average", alphas[30:60].mean(0)),
@@ -81,8 +103,6 @@ def test_mixture_json_follows_from_the_log(synthetic):
 
 
 def test_looking_more_often_changes_nothing(synthetic, reference):
-    run("fastmix.py", *BASE, "--eval_every", 7, "--log_every", 3, "--source_losses", "--out_dir", "looking",
-        cwd=synthetic)
     assert_same(synthetic / "looking", reference, with_log=False)
 
 
@@ -120,10 +140,8 @@ def test_resuming_a_finished_run_repeats_its_result(synthetic, reference):
     assert results(reference)[1] == before
 
 
-def test_fixed_mixture_is_resumed_too(synthetic):
-    fixed = [*BASE, "--mixture", "a=3,b=1"]
-    run("fastmix.py", *fixed, "--out_dir", "fixed", cwd=synthetic)
-    process = start("fastmix.py", *fixed, "--out_dir", "fixed-killed", cwd=synthetic)
+def test_fixed_mixture_is_resumed_too(synthetic, stdout):
+    process = start("fastmix.py", *RUNS["fixed"], "--out_dir", "fixed-killed", cwd=synthetic)
     wait_for_step(process, synthetic / "fixed-killed", 25)
     process.kill()
     process.communicate()
@@ -136,12 +154,9 @@ def test_fixed_mixture_is_resumed_too(synthetic):
     assert rows[-1]["source_loss"]["noise"] is None and rows[-1]["alignment"]["a"] is None
 
 
-def test_gradient_accumulation_is_a_larger_batch(synthetic):
+def test_gradient_accumulation_is_a_larger_batch(synthetic, stdout):
     """8 sequences at once, or 4 micro-batches of 2: the same search up to rounding."""
     whole, parts = synthetic / "whole", synthetic / "parts"
-    run("fastmix.py", *BASE, "--max_steps", 20, "--out_dir", "whole", cwd=synthetic)
-    run("fastmix.py", *BASE, "--max_steps", 20, "--batch_size", 2, "--grad_accum", 4, "--out_dir", "parts",
-        cwd=synthetic)
     for a, b in zip(log_rows(whole), log_rows(parts)):
         for key in ("alpha", "alignment", "source_loss"):
             for name in a[key]:
@@ -161,22 +176,20 @@ def test_replayed_trajectory(synthetic, reference):
 
 def test_found_mixture_uniform_and_proportional(synthetic, reference):
     found = json.loads((reference / "mixture.json").read_text())["mixture"]
-    for mixture, expected in (("reference/mixture.json", found), ("uniform", dict.fromkeys(found, 1 / 3)),
-                              ("proportional", dict.fromkeys(found, 1 / 3))):
-        out = "at-" + mixture.split("/")[0]
-        run("fastmix.py", *BASE, "--max_steps", 2, "--mixture", mixture, "--out_dir", out, cwd=synthetic)
+    run("fastmix.py", *BASE, "--max_steps", 2, "--mixture", "reference/mixture.json", "--out_dir", "at-reference",
+        cwd=synthetic)
+    for out, expected in (("at-reference", found), ("at-uniform", dict.fromkeys(found, 1 / 3)),
+                          ("at-proportional", dict.fromkeys(found, 1 / 3))):
         assert log_rows(synthetic / out)[0]["alpha"] == pytest.approx(expected, rel=1e-6)
 
 
-def test_own_sources_without_a_target(synthetic):
-    stdout = run("fastmix.py", *TINY, "--sources", "a,b", "--max_steps", 2, "--out_dir", "own", cwd=synthetic)
-    assert "own val splits in equal parts" in stdout
+def test_own_sources_without_a_target(synthetic, stdout):
+    assert "own val splits in equal parts" in stdout["own"]
     assert json.loads((synthetic / "own" / "mixture.json").read_text())["target"] == ["a", "b"]
 
 
-def test_bfloat16_and_entropy(synthetic):
-    """A strong entropy term holds the mixture near uniform; runs under autocast."""
-    run("fastmix.py", *BASE, "--dtype", "bfloat16", "--entropy", 1e3, "--out_dir", "entropy", cwd=synthetic)
+def test_bfloat16_and_entropy(synthetic, stdout):
+    assert "bfloat16" in stdout["entropy"]
     assert log_rows(synthetic / "entropy")[-1]["alpha"] == pytest.approx(dict.fromkeys(["a", "b", "noise"], 1 / 3), abs=0.05)
 
 
@@ -190,10 +203,9 @@ def test_a_strangers_checkpoint_runs_no_code(synthetic, tmp_path):
     assert "cannot be read" in line and not (tmp_path / "owned").exists()
 
 
-def test_diverged_run_stops_and_keeps_its_checkpoint(synthetic):
-    """Trains well past one checkpoint, then is resumed on weights blown up by hand."""
+def test_diverged_run_stops_and_keeps_its_checkpoint(synthetic, stdout):
+    """A run goes on from weights blown up by hand."""
     out = synthetic / "diverged"
-    run("fastmix.py", *BASE, "--max_steps", 40, "--out_dir", "diverged", cwd=synthetic)
     state = torch.load(out / "ckpt.pt", weights_only=True)
     state["args"]["max_steps"], state["step"] = 80, 40
     state["model"]["lm_head.weight"][0, 0] = math.nan
