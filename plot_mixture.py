@@ -66,9 +66,20 @@ def label_ends(ax, labels):
             if overlap > 1e-9:
                 heights[i - 1] -= overlap / 2
                 heights[i] += overlap / 2
+        heights[:1] = [max(low, h) for h in heights[:1]]  # stay off the axis below
     for height, (_, text, colour) in zip(heights, labels):
         ax.annotate(text, (1.01, height), xycoords=("axes fraction", "data"), color=colour, va="center",
                     fontsize=10, fontweight="bold", annotation_clip=False)
+
+
+def fit(ax, curves):
+    """Sets the limits of y to what the curves need; False where they hold no value at all."""
+    values = np.concatenate(curves)
+    values = values[np.isfinite(values)]
+    if len(values):
+        margin = 0.08 * np.ptp(values) + 1e-9
+        ax.set_ylim(values.min() - margin, values.max() + margin)
+    return len(values) > 0
 
 
 def last(y):
@@ -87,11 +98,12 @@ def plot_run(plt, log, title):
     if len(shown) < len(names):
         bands[f"{len(names) - len(shown)} others"] = sum(log["alpha"][n] for n in names if n not in shown)
     colour = dict(zip(shown, COLOURS))
+    span, start = (step[0], max(step[-1], 1)), len(step) // 16  # the very first steps would dwarf all others
 
     ax = axes["mixture"]
     ax.stackplot(step, *bands.values(), colors=[colour.get(n, GREY) for n in bands], alpha=0.85, edgecolor="white",
                  linewidth=0.6)
-    ax.set(title=title, ylabel="mixture weight", xlabel="step", ylim=(0, 1), xlim=(step[0], max(step[-1], 1)))
+    ax.set(title=title, ylabel="mixture weight", xlabel="step", ylim=(0, 1), xlim=span)
     tops = np.cumsum([b[-1] for b in bands.values()])
     label_ends(ax, [(top - b[-1] / 2, f"{n}  {b[-1]:.2f}", colour.get(n, GREY))
                     for top, (n, b) in zip(tops, bands.items())])
@@ -101,7 +113,9 @@ def plot_run(plt, log, title):
         ax.plot(step, log["source_loss"][n], color=colour[n], linewidth=1.2)
     known = np.isfinite(log["target_val_loss"])
     ax.plot(step[known], log["target_val_loss"][known], color=INK, linewidth=2.4)
-    ax.set(title="target val loss (black) and train losses", xlabel="step", ylabel="nats a token")
+    ax.set(title="target val loss (black) and train losses", xlabel="step", ylabel="nats a token", xlim=span)
+    settled = [c[start:] for c in (*log["source_loss"].values(), log["target_val_loss"])]
+    fit(ax, settled)
     label_ends(ax, [(last(log["source_loss"][n]), n, colour[n]) for n in shown]
                + [(last(log["target_val_loss"]), "target", INK)])
 
@@ -111,12 +125,8 @@ def plot_run(plt, log, title):
     for n in shown:
         ax.plot(step, log["alignment"][n], color=colour[n], linewidth=0.8, alpha=0.3)
         ax.plot(step, curves[n], color=colour[n], linewidth=1.8)
-    ax.set(title="alignment with the target", xlabel="step", ylabel=r"$\langle g_{val}, g_k\rangle$")
-    values = np.concatenate([c[len(step) // 8:] for c in curves.values()])  # the first steps dwarf all others
-    values = values[np.isfinite(values)]
-    if len(values):
-        margin = 0.15 * (values.max() - values.min()) + 1e-9
-        ax.set_ylim(values.min() - margin, values.max() + margin)
+    ax.set(title="alignment with the target", xlabel="step", ylabel=r"$\langle g_{val}, g_k\rangle$", xlim=span)
+    if fit(ax, [c[2 * start:] for c in curves.values()]):
         ax.axhline(0, color=GREY, linewidth=0.8)
         label_ends(ax, [(last(curves[n]), n, colour[n]) for n in shown])
     else:
@@ -143,7 +153,7 @@ def plot_comparison(plt, logs):
     right.set(title="target val loss", xlabel="step", ylabel="nats a token")
     ends = [log["target_val_loss"][np.isfinite(log["target_val_loss"])] for log in logs.values()]
     tails = np.concatenate([e[-max(1, len(e) * 2 // 3):] for e in ends if len(e)] or [np.zeros(1)])
-    right.set_ylim(tails.min() - 0.05 * np.ptp(tails) - 1e-3, tails.max() + 0.05 * np.ptp(tails) + 1e-3)
+    fit(right, [tails])
     label_ends(right, [(last(log["target_val_loss"]), f"{run}  {last(log['target_val_loss']):.3f}",
                         COLOURS[i % len(COLOURS)]) for i, (run, log) in enumerate(logs.items())])
     return fig
