@@ -443,7 +443,7 @@ def main():
     device = args.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    elif device == "cuda" and not torch.cuda.is_available() or device == "mps" and not torch.backends.mps.is_available():
+    elif not {"cuda": torch.cuda, "mps": torch.backends.mps, "cpu": torch.cpu}[device].is_available():
         fail(f"--device {device}: torch {torch.__version__} finds none here; use --device auto")
     dtype = args.dtype if args.dtype != "auto" else "bfloat16" if device == "cuda" else "float32"
     autocast = torch.autocast(device, torch.bfloat16) if dtype == "bfloat16" else contextlib.nullcontext()
@@ -559,17 +559,22 @@ def main():
         if evaluating:
             with autocast:
                 val_loss = np.mean([evaluate(model, head, t, "val", args.eval_tokens, args, device) for t in targets])
-        if (step % args.log_every == 0 or evaluating) and not (ckpt and step == start):
+        logging = (step % args.log_every == 0 or evaluating) and not (ckpt and step == start)
+        if logging or stop:  # before anything is saved
+            bad = [i for i, loss in enumerate(torch.stack(losses).tolist()) if not math.isfinite(loss)] if losses else []
+            at = step - len(losses) + 1 + bad[0] if bad else step
+            finite = all(p.isfinite().all() for p in net.parameters())
+            if bad or not finite or (evaluating and not math.isfinite(val_loss)):
+                fail(f"the loss is no longer finite at step {at}; stopped, the last good checkpoint stays. Lower "
+                     f"--learning_rate {args.learning_rate:g} in a new run, or --resume if it was the machine")
+        if logging:
             alpha = alpha_at(step).cpu().double()
-            bad = (~torch.isfinite(torch.stack(losses))).nonzero() if losses else []
-            if len(bad):
-                fail(f"the loss was {losses[bad[0]]:.3g} at step {step - len(losses) + 1 + bad[0].item()}; stopped, the "
-                     f"last good checkpoint stays. Lower --learning_rate {args.learning_rate:g}, or --resume from it")
             train_loss = torch.stack(losses).mean().item() if losses else math.nan
             source_loss, alignment = (meter[0] / meter[1]).cpu(), (meter[2] / meter[3]).cpu()
             row = {"step": step, "alpha": by_name(names, alpha), "alignment": by_name(names, alignment),
                    "train_loss": None if math.isnan(train_loss) else train_loss,
-                   "source_loss": by_name(names, source_loss), "target_val_loss": float(val_loss) if evaluating else None,
+                   "source_loss": by_name(names, source_loss),
+                   "target_val_loss": float(val_loss) if evaluating else None,
                    "tokens": step * tokens_per_step, "seconds": round(seconds, 3)}
             try:
                 log.write(json.dumps(row) + "\n")

@@ -215,7 +215,8 @@ def docstrings(paths):
     seen = set()
     for text in read_all(paths):
         try:
-            with warnings.catch_warnings(action="ignore"):  # such as invalid escapes in other people's files
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # such as invalid escapes in other people's files
                 tree = ast.parse(text)
         except (SyntaxError, ValueError):
             continue
@@ -320,7 +321,10 @@ def which_split(raw, seed, val_fraction, test_fraction):
 
 
 def write_set(name, pieces, within_documents, tokenizer, args, fractions):
-    """Tokenizes pieces into data_dir/name, fractions of (val, test) split off. The folder appears whole or not at all: it is renamed when complete."""
+    """
+    Tokenizes pieces into data_dir/name, fractions (of val, of test) split off. The folder appears whole or not at all:
+    it is renamed when complete.
+    """
     dtype = "uint16" if tokenizer.n_vocab <= 65_536 else "uint32"
     final, partial = Path(args.data_dir, name), Path(args.data_dir, f".{name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # what a killed run left

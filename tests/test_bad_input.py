@@ -77,7 +77,9 @@ CASES = {
     "NaN rate": ([*AB, "--learning_rate", "nan"], "nan is not a number"),
     "no such device": ([*AB, "--device", "tpu"], "invalid choice"),
     "diverges": (["--sources", "a,b", "--out_dir", "hot", "--max_steps", "30", "--learning_rate", "1e30",
-                  "--grad_clip", "0"], "the loss was", "at step"),
+                  "--grad_clip", "0"], "no longer finite at step 2;"),
+    "diverges at a checkpoint": (["--sources", "a,b", "--out_dir", "hotter", "--max_steps", "30", "--eval_every", "1",
+                                  "--learning_rate", "1e30", "--grad_clip", "0"], "no longer finite at step 1;"),
 }
 
 
@@ -91,7 +93,7 @@ def test_one_clear_line(broken):
             for part in parts:
                 assert part in line, f"{case}: {line}"
     assert {p: p.read_bytes() for p in (broken / "done").iterdir()} == before
-    assert not (broken / "new").exists()
+    assert not (broken / "new").exists() and not list(broken.glob("hot*/ckpt.pt"))
 
 
 def test_data_changed_under_a_checkpoint(broken):
