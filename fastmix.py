@@ -561,7 +561,8 @@ def main():
                 val_loss = np.mean([evaluate(model, head, t, "val", args.eval_tokens, args, device) for t in targets])
         logging = (step % args.log_every == 0 or evaluating) and not (ckpt and step == start)
         if logging or stop:  # before anything is saved
-            bad = [i for i, loss in enumerate(torch.stack(losses).tolist()) if not math.isfinite(loss)] if losses else []
+            values = torch.stack(losses).tolist() if losses else []
+            bad = [i for i, loss in enumerate(values) if not math.isfinite(loss)]
             at = step - len(losses) + 1 + bad[0] if bad else step
             finite = all(p.isfinite().all() for p in net.parameters())
             if bad or not finite or (evaluating and not math.isfinite(val_loss)):
