@@ -555,11 +555,12 @@ def main():
         last = step == args.max_steps
         seconds += time.time() - clock
         clock = time.time()
-        evaluating = (step % args.eval_every == 0 or last) and not (ckpt and step == start)
+        reported = ckpt is not None and step == start  # by the run that saved this checkpoint
+        evaluating = (step % args.eval_every == 0 or last) and not reported
         if evaluating:
             with autocast:
                 val_loss = np.mean([evaluate(model, head, t, "val", args.eval_tokens, args, device) for t in targets])
-        logging = (step % args.log_every == 0 or evaluating) and not (ckpt and step == start)
+        logging = (step % args.log_every == 0 or evaluating) and not reported
         if logging or stop:  # before anything is saved
             values = torch.stack(losses).tolist() if losses else []
             bad = [i for i, loss in enumerate(values) if not math.isfinite(loss)]
@@ -570,7 +571,7 @@ def main():
                      f"--learning_rate {args.learning_rate:g} in a new run, or --resume if it was the machine")
         if logging:
             alpha = alpha_at(step).cpu().double()
-            train_loss = torch.stack(losses).mean().item() if losses else math.nan
+            train_loss = sum(values) / len(values) if values else math.nan
             source_loss, alignment = (meter[0] / meter[1]).cpu(), (meter[2] / meter[3]).cpu()
             row = {"step": step, "alpha": by_name(names, alpha), "alignment": by_name(names, alignment),
                    "train_loss": None if math.isnan(train_loss) else train_loss,
@@ -650,9 +651,10 @@ def main():
         meter[1] += seen[1]
         losses.append(step_loss)
         drawn += torch.from_numpy(np.bincount(source, minlength=K)) * args.block_size
-        alpha_sum += alpha.cpu().double()
+        used = alpha.cpu().double()
+        alpha_sum += used
         if step >= args.max_steps // 2:
-            alpha_sum_half += alpha.cpu().double()
+            alpha_sum_half += used
         step += 1
 
     # ---- results
