@@ -16,6 +16,9 @@ gradient of the target loss one inner step ahead, w' = w - eta sum_k alpha_k g_k
 
     python prepare_data.py && python fastmix.py                  search on the sample set, minutes on a 2-core CPU
     python fastmix.py --mixture out/mixture.json --out_dir out-found       train at the mixture that was found
+    python fastmix.py --init_from out/ckpt.pt --sources qa,chat --target task --out_dir out-tuned     post-training
+
+Where a set has a mask (instruction data), every mean, of a loss as of an alignment, is over the learned tokens only.
 
 Paper: "FastMix: Fast Data Mixture Optimization via Gradient Descent", Tan et al., ICLR 2026, arXiv 2606.14971.
 """
@@ -36,6 +39,7 @@ from torch.autograd.function import once_differentiable
 from model import GPT, GPTConfig
 
 IGNORE = -1  # targets of this value count nowhere
+SHORT_ANSWER = 32  # tokens, <|endoftext|> included: the answers that --eval_accuracy takes
 SAMPLE_SOURCES, SAMPLE_TARGET = "python,cpp,prose,math,legal,noise", "numpy"
 
 
@@ -82,6 +86,7 @@ def parse_args(defaults=None):
                                 "sources their own val splits)"),
           ("data_dir", str, "data", "where prepare_data.py wrote"),
           ("out_dir", str, "out", "gets log.jsonl, ckpt.pt and mixture.json"),
+          ("init_from", str, None, "start from the weights in this checkpoint, whose model the flags below default to"),
           ("resume", bool, False, "go on from out_dir/ckpt.pt, with the settings stored there"),
           ("overwrite", bool, False, "delete the run that out_dir holds and start anew"))
     group("mixture (the outer problem)",
@@ -115,54 +120,136 @@ def parse_args(defaults=None):
           ("eval_every", positive, 100, "steps between two evaluations of the target, and checkpoints"),
           ("eval_tokens", positive, 16384, "tokens of each val split in an evaluation"),
           ("test_tokens", positive, 2**18, "at most so many tokens of each test split at the end"),
-          ("source_losses", bool, False, "print each source's training loss as well"))
+          ("source_losses", bool, False, "print each source's training loss as well"),
+          ("eval_accuracy", bool, False, "exact matches of greedy decoding among the targets' test answers of up to "
+                                         f"{SHORT_ANSWER} tokens, at the end and, with --init_from, at the start"))
     p.set_defaults(**(defaults or {}))
     return p.parse_args()
 
 
 # a run may go on with these changed; everything else would make it another run
 MAY_CHANGE = ("resume", "overwrite", "out_dir", "data_dir", "device", "compile", "log_every", "eval_every",
-              "eval_tokens", "test_tokens", "source_losses")
+              "eval_tokens", "test_tokens", "source_losses", "eval_accuracy")
+
+
+def load_checkpoint(path, mend):
+    """A checkpoint that fastmix.py wrote; anything else ends the program with one line that ends in `mend`."""
+    try:  # weights_only: a checkpoint from a stranger must not run code
+        ckpt = torch.load(path, map_location="cpu", weights_only=True)
+        missing = {"model", "optimizer", "args", "config", "tokenizer", "tensors", "digests"} - ckpt.keys()
+    except FileNotFoundError:
+        fail(f"{path}: no checkpoint there; {mend}")
+    except Exception as error:  # whatever a file that is none of ours may raise
+        fail(f"{path} cannot be read as a checkpoint ({type(error).__name__}); {mend}")
+    if missing:
+        fail(f"{path} is not a checkpoint of this fastmix.py (it lacks {', '.join(sorted(missing))}); {mend}")
+    return ckpt
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # data
 
 class TokenSet:
-    """A folder that prepare_data.py wrote: its meta.json and a memory map of each split."""
+    """
+    A folder that prepare_data.py wrote: its meta.json and, for each split, a memory map of the tokens.
+
+    Text is read in windows that start anywhere. Examples (a set with masks) are packed: a row holds as many whole ones
+    as fit block_size + 1 tokens, and nothing behind its last one is learned. `rows[split]` is then (2, R), where rows
+    start and end. An example longer than a row is cut at its end; one whose prompt alone fills the row is left out.
+    """
 
     def __init__(self, data_dir, name, block_size):
-        self.name, folder = name, Path(data_dir, name)
+        self.name, self.block_size, folder = name, block_size, Path(data_dir, name)
         if not (folder / "meta.json").is_file():
             there = sorted(m.parent.name for m in Path(data_dir).glob("[!.]*/meta.json"))
             mend = "python prepare_data.py" + ("" if name in f"{SAMPLE_SOURCES},{SAMPLE_TARGET}".split(",") else
                                                f" {name}=PATH")
             fail(f"no set '{name}' in {data_dir}/ (there: {', '.join(there) or 'none'}); prepare it with: {mend}")
+        self.again = f"prepare '{name}' again with --overwrite"
         try:
             self.meta = json.loads((folder / "meta.json").read_text())
             self.tokenizer, self.vocab_size = self.meta["tokenizer"], self.meta["vocab_size"]
-            dtype = np.dtype(self.meta["dtype"])
-            tokens = {s: self.meta["splits"][s]["tokens"] for s in ("train", "val", "test")}
+            dtype, packed = np.dtype(self.meta["dtype"]), self.meta.get("schema", "text") != "text"
+            counts = {s: (c["tokens"], c.get("learned")) for s, c in self.meta["splits"].items()}
+            self.tokens, self.masks, self.rows, self.learned = {}, {}, {}, {}
+            self.cut = np.zeros(3, dtype=np.int64)  # examples; longer than a row; without a response in it
+            for split in ("train", "val", "test"):
+                n, learned = counts[split]
+                self.tokens[split] = self.map(folder / f"{split}.bin", dtype, n)
+                self.learned[split] = n
+                if learned is not None:
+                    mask = self.masks[split] = self.map(folder / f"{split}.mask.bin", np.dtype(np.uint8), n)
+                    found = np.count_nonzero(mask), mask.max(initial=0)
+                    if found != (learned, 1):
+                        fail(f"{folder}/{split}.mask.bin: {found[0]} learned tokens, highest value {found[1]}, but "
+                             f"meta.json says {learned} and 1; {self.again}")
+                    self.learned[split] = learned
+                if packed:
+                    self.pack(split)
+                elif n < block_size + 1:
+                    fail(f"{folder}/{split}.bin: {n} tokens, too short for --block_size {block_size} (needs "
+                         f"{block_size + 1}); give '{name}' more text or lower --block_size")
         except (OSError, ValueError, KeyError, TypeError) as error:
-            fail(f"{folder}/meta.json cannot be read ({error!r}); prepare '{name}' again with --overwrite")
-        for split, n in tokens.items():
-            path = folder / f"{split}.bin"
-            size = path.stat().st_size if path.is_file() else -1
-            if size != n * dtype.itemsize:
-                fail(f"{path}: {'missing' if size < 0 else f'{size} bytes'}, but meta.json says {n} tokens of "
-                     f"{dtype.itemsize} bytes; prepare '{name}' again with --overwrite")
-            if n < block_size + 1:
-                fail(f"{path}: {n} tokens, too short for --block_size {block_size} (needs {block_size + 1}); give "
-                     f"'{name}' more text or lower --block_size")
-            setattr(self, split, np.memmap(path, dtype=dtype, mode="r"))
+            fail(f"{folder}/meta.json cannot be read ({error!r}); {self.again}")
+        # learned tokens per token drawn from train: 1 for text
+        self.density = self.learned["train"] / (len(self.rows["train"][0]) * block_size if packed else
+                                                len(self.tokens["train"]))
 
-    def windows(self, split, start, length):
-        """Tokens at start .. start + length of a split: (B,) -> (B, length) int64, checked against the vocabulary."""
-        ids = getattr(self, split)[start[:, None] + np.arange(length)].astype(np.int64)
+    def map(self, path, dtype, n):
+        size = path.stat().st_size if path.is_file() else -1
+        if size != n * dtype.itemsize:
+            fail(f"{path}: {'missing' if size < 0 else f'{size} bytes'}, but meta.json says {n} tokens of "
+                 f"{dtype.itemsize} bytes; {self.again}")
+        return np.memmap(path, dtype=dtype, mode="r") if n else np.zeros(0, dtype)
+
+    def examples(self, split):
+        """Where examples start and end, (E,) and (E,): each has one <|endoftext|>, its last token."""
+        ends = np.flatnonzero(self.tokens[split] == self.meta["eot_token"]) + 1
+        return np.concatenate([[0], ends[:-1]]), ends
+
+    def pack(self, split):
+        """Fills rows[split], walking over the examples in order, and sets learned[split] to what the rows show."""
+        mask, room = self.masks[split], self.block_size + 1
+        starts, ends = self.examples(split)
+        answer = np.append(np.flatnonzero(mask), len(mask))
+        answer = answer[np.searchsorted(answer, starts)]  # the first learned token of each example
+        usable, rows, i = (answer < ends) & (answer - starts < room), [], 0
+        while i < len(starts):
+            fitting = np.searchsorted(ends, starts[i] + room, side="right")  # examples before this one fit whole
+            if usable[i]:
+                rows.append((starts[i], ends[fitting - 1] if fitting > i else starts[i] + room))
+            i = max(fitting, i + 1) if usable[i] else i + 1
+        if not rows:
+            fail(f"{self.name}/{split}: no example has a response within --block_size {self.block_size}; raise it")
+        self.rows[split] = np.array(rows).T
+        self.learned[split] = sum(np.count_nonzero(mask[a + 1: b]) for a, b in rows)  # no row predicts its first token
+        self.cut += np.array([len(starts), (ends - starts > room).sum(), (~usable).sum()])
+
+    def window_count(self, split):
+        """How many disjoint windows of block_size tokens a split has."""
+        return len(self.rows[split][0]) if split in self.rows else (len(self.tokens[split]) - 1) // self.block_size
+
+    def at_fraction(self, split, u):
+        """Where windows begin, for fractions u (B,) of a split in [0, 1)."""
+        if split in self.rows:
+            return self.rows[split][0][(u * self.window_count(split)).astype(np.int64)]
+        return (u * (len(self.tokens[split]) - self.block_size)).astype(np.int64)
+
+    def windows(self, split, start):
+        """Windows at start (B,) of a split -> inputs (B, T) and next-token targets (B, T), int64, IGNORE if not learned."""
+        at = start[:, None] + np.arange(self.block_size + 1)  # (B, T + 1)
+        if split in self.rows:  # behind a row comes the next example, and at the end nothing: filled, never learned
+            last = self.rows[split][1][np.searchsorted(self.rows[split][0], start)][:, None] - 1
+            within, at = at <= last, np.minimum(at, last)
+        ids = self.tokens[split][at].astype(np.int64)
         if ids.max() >= self.vocab_size:
             fail(f"{self.name}/{split}.bin holds token id {ids.max()}, outside the vocabulary of {self.vocab_size}; "
-                 f"prepare '{self.name}' again with --overwrite")
-        return torch.from_numpy(ids)
+                 f"{self.again}")
+        x, y = ids[:, :-1], ids[:, 1:]
+        if split in self.masks:
+            learned = self.masks[split][at] > 0
+            y = np.where((learned & within if split in self.rows else learned)[:, 1:], y, IGNORE)
+        return torch.from_numpy(x), torch.from_numpy(y)
 
 
 def draw(q, u):
@@ -177,17 +264,16 @@ def draw(q, u):
     return np.minimum(np.searchsorted(edges, (np.arange(n) + u[0]) / n, side="right"), len(q) - 1)
 
 
-def gather(sets, split, source, u, block_size):
+def gather(sets, split, source, u):
     """
     Sequence i starts at the fraction u[i] of a split of sets[source[i]]. Returns inputs and next-token targets, both
     (B, T) int64. Loops over sources, never over tokens.
     """
-    ids = torch.empty(len(source), block_size + 1, dtype=torch.int64)
+    x, y = torch.empty(2, len(source), sets[0].block_size, dtype=torch.int64)
     for k in np.unique(source):
         rows = np.flatnonzero(source == k)
-        start = (u[rows] * (len(getattr(sets[k], split)) - block_size)).astype(np.int64)
-        ids[rows] = sets[k].windows(split, start, block_size + 1)
-    return ids[:, :-1], ids[:, 1:]
+        x[rows], y[rows] = sets[k].windows(split, sets[k].at_fraction(split, u[rows]))
+    return x, y
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -237,58 +323,68 @@ def head_pass(hidden, weight, targets, coef=None, G_val=None, grad_hidden=False,
 
 class FusedWeightedCrossEntropy(torch.autograd.Function):
     """
-    loss = sum_t r_t token_loss_t / sum_t r_t, its gradients computed in the forward pass, while the logits are there.
-    Differentiable in hidden, weight and r, once; token_loss and alignment come out detached.
+    loss = sum_t coef_t token_loss_t, its gradients computed in the forward pass, while the logits are there.
+    Differentiable in hidden, weight and coef, once; token_loss and alignment come out detached.
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, r, G_val, chunk, training):
-        r = r * (targets != IGNORE)
-        coef = r / r.sum()
+    def forward(ctx, hidden, weight, targets, coef, G_val, chunk, training):
         token_loss, alignment, grad_h, grad_W = head_pass(hidden, weight, targets, coef, G_val, training, training,
                                                           chunk)
-        loss = (coef * token_loss).sum()
         if training:
-            grad_r = (token_loss - loss) * (targets != IGNORE) / r.sum()
-            ctx.save_for_backward(grad_h.to(hidden.dtype), grad_W.to(weight.dtype), grad_r)
+            ctx.save_for_backward(grad_h.to(hidden.dtype), grad_W.to(weight.dtype), token_loss.to(coef.dtype))
         ctx.mark_non_differentiable(*(t for t in (token_loss, alignment) if t is not None))
-        return loss, token_loss, alignment
+        return (coef * token_loss).sum(), token_loss, alignment
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_loss, *_):
-        grad_h, grad_W, grad_r = (g * grad_loss for g in ctx.saved_tensors)
-        return grad_h, grad_W, None, grad_r, None, None, None
+        grad_h, grad_W, grad_coef = (g * grad_loss for g in ctx.saved_tensors)
+        return grad_h, grad_W, None, grad_coef, None, None, None
 
 
-def fused_cross_entropy(hidden, weight, targets, r=None, G_val=None, chunk=None):
+def fused_cross_entropy(hidden, weight, targets, r=None, G_val=None, chunk=None, divisor=None):
     """
-    Weighted mean next-token loss from hidden states. hidden (N, C), weight (V, C), targets (N,), r (N,) weights of the
-    tokens (None: all 1), G_val (V, C) or None. Returns (loss in nats, token_loss (N,), alignment (N,) or None).
-    Tokens with target IGNORE count nowhere; where nothing at all counts, the loss is NaN, as F.cross_entropy's is.
+    Weighted next-token loss from hidden states, sum_t r_t token_loss_t / divisor. hidden (N, C), weight (V, C), targets
+    (N,), r (N,) weights of the tokens (None: all 1), G_val (V, C) or None, divisor a number (None: sum_t r_t, for the
+    mean). Returns (loss in nats, token_loss (N,), alignment (N,) or None). Tokens with target IGNORE count nowhere;
+    a mean over nothing is NaN, as F.cross_entropy's is.
     """
     r = torch.ones_like(targets, dtype=torch.promote_types(hidden.dtype, torch.float32)) if r is None else r
-    return FusedWeightedCrossEntropy.apply(hidden, weight, targets, r, G_val, chunk, torch.is_grad_enabled())
+    r = r * (targets != IGNORE)
+    coef = r / (r.sum() if divisor is None else divisor)
+    return FusedWeightedCrossEntropy.apply(hidden, weight, targets, coef, G_val, chunk, torch.is_grad_enabled())
 
 
 @torch.no_grad()
 def target_gradient(model, weight, x, y):
-    """G_val (V, C): mean over a target batch of (p_t - y_t) h_t^T. One forward pass, no autograd."""
+    """G_val (V, C): mean over a target batch's learned tokens of (p_t - y_t) h_t^T. One forward pass, no autograd."""
     hidden = model(x).flatten(0, 1)
     learned = (y.flatten() != IGNORE).to(torch.float32)
     return head_pass(hidden, weight, y.flatten(), learned / learned.sum(), grad_weight=True)[3]
 
 
-def batch_loss(model, head, x, y, r, n_sequences, G_val=None):
+def batch_loss(model, head, x, y, r, n_tokens, G_val=None):
     """
-    A micro-batch's part of the step's loss, sum_t r_t token_loss_t / (tokens of the step). x, y (B, T); r (B,) weights
-    of its sequences; n_sequences the step has in all. Dividing by their number and not by the sum of the weights keeps
-    the expected gradient exactly sum_k alpha_k g_k. Returns (loss, token_loss (B, T), alignment (B, T) or None).
+    A micro-batch's part of the step's loss, sum_t r_t token_loss_t / n_tokens. x, y (B, T); r (B,) weights of its
+    sequences; n_tokens the step has in all, learned or not. Dividing by their number and not by the sum of the weights
+    keeps the expected gradient exactly sum_k alpha_k g_k. Returns (loss, token_loss (B, T), alignment (B, T) or None).
     """
     hidden = model(x)  # (B, T, C)
     loss, token_loss, alignment = fused_cross_entropy(hidden.flatten(0, 1), head, y.flatten(),
-                                                      r.repeat_interleave(x.shape[1]), G_val)
-    return loss * (r.sum() / n_sequences), token_loss.view_as(y), None if G_val is None else alignment.view_as(y)
+                                                      r.repeat_interleave(x.shape[1]), G_val, divisor=n_tokens)
+    return loss, token_loss.view_as(y), None if G_val is None else alignment.view_as(y)
+
+
+def sampling(alpha, density, uniform_share):
+    """
+    Formula (1): the probability q_k (K,) of drawing a sequence from source k, and the weight (K,) of its tokens. alpha
+    counts learned tokens, of which a sequence of source k has density_k of its length, so for sampling by alpha itself
+    (eps = 0) sequences are drawn in proportion to alpha_k / density_k; for text that is alpha.
+    """
+    share = alpha / density
+    q = (1 - uniform_share) * share / share.sum() + uniform_share / len(alpha)
+    return q, alpha / (q * density)  # 0 / 0 where a source is neither wanted nor drawn
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -374,16 +470,49 @@ def learning_rate_at(step, args):
 
 
 @torch.no_grad()
-def evaluate(model, weight, tokens, split, max_tokens, args, device):
-    """Mean loss in nats a token over windows spread evenly over a split: always the same ones, nothing is drawn."""
-    n = (len(getattr(tokens, split)) - 1) // args.block_size
-    pick = np.unique(np.linspace(0, n - 1, max(1, min(n, max_tokens // args.block_size))).round().astype(np.int64))
-    total = 0.0
-    for rows in np.array_split(pick, math.ceil(len(pick) / args.batch_size)):
-        ids = tokens.windows(split, rows * args.block_size, args.block_size + 1).to(device)
-        loss, _, _ = fused_cross_entropy(model(ids[:, :-1]).flatten(0, 1), weight, ids[:, 1:].flatten())
-        total += loss.item() * len(rows)
-    return total / len(pick)
+def evaluate(model, weight, tokens, split, max_tokens, batch_size, device):
+    """Mean loss in nats a learned token over windows spread evenly over a split: always the same, nothing is drawn."""
+    n = tokens.window_count(split)
+    pick = np.unique(np.linspace(0, n - 1, max(1, min(n, max_tokens // tokens.block_size))).round().astype(np.int64))
+    start = tokens.rows[split][0][pick] if split in tokens.rows else pick * tokens.block_size
+    total = learned = 0
+    for at in np.array_split(start, math.ceil(len(pick) / batch_size)):
+        x, y = (t.to(device) for t in tokens.windows(split, at))
+        total += fused_cross_entropy(model(x).flatten(0, 1), weight, y.flatten(), divisor=1)[0].item()
+        learned += (y != IGNORE).sum().item()
+    return total / learned if learned else math.nan
+
+
+@torch.no_grad()
+def accuracy(model, weight, tokens, max_tokens, batch_size, device):
+    """
+    Share of a test split's short answers that greedy decoding gives exactly, and their number (0 for plain text). Each
+    example stands alone, its prompt first; a conversation's last answer counts. Greedy decoding repeats an answer if,
+    and only if, the likeliest token after every true prefix is the true one, so one forward pass tells.
+    """
+    if "test" not in tokens.rows:
+        return math.nan, 0
+    ids, mask = tokens.tokens["test"], tokens.masks["test"]
+    pairs = []  # where an example starts, where its answer does, where both end
+    for start, end in zip(*tokens.examples("test")):
+        read = np.flatnonzero(mask[start:end] == 0)
+        answer = start + (read[-1] + 1 if len(read) else 1)
+        if 0 < end - answer <= SHORT_ANSWER and end - start <= tokens.block_size + 1:
+            pairs.append((start, answer, end))
+    pick = np.unique(np.linspace(0, len(pairs) - 1, min(len(pairs), max(1, max_tokens // tokens.block_size))).astype(int))
+    right = 0
+    for rows in np.array_split(pick, math.ceil(len(pick) / batch_size)) if len(pairs) else []:
+        x = torch.zeros(len(rows), tokens.block_size, dtype=torch.int64)
+        y = torch.full_like(x, IGNORE)
+        for i, (start, answer, end) in enumerate(pairs[r] for r in rows):
+            example = torch.from_numpy(ids[start:end].astype(np.int64))
+            x[i, : len(example) - 1] = example[:-1]
+            y[i, answer - start - 1: len(example) - 1] = example[answer - start:]
+        hidden, asked = model(x.to(device)), (y != IGNORE).to(device)
+        wrong = torch.zeros(y.shape, dtype=torch.bool, device=device)
+        wrong[asked] = (hidden[asked] @ weight.to(hidden.dtype).T).argmax(1) != y.to(device)[asked]
+        right += (~wrong.any(1)).sum().item()
+    return right / len(pick) if len(pick) else math.nan, len(pick)
 
 
 def save_atomically(path, write):
@@ -426,18 +555,21 @@ def main():
              "or choose another --out_dir")
     ckpt = None
     if args.resume:
-        try:  # weights_only: a checkpoint from a stranger must not run code
-            ckpt = torch.load(out / "ckpt.pt", map_location="cpu", weights_only=True)
-            stored = ckpt["args"]
-        except FileNotFoundError:
-            fail(f"{out}/ckpt.pt: no checkpoint to resume from; start anew with --overwrite")
-        except Exception as error:  # whatever a file that is none of ours may raise
-            fail(f"{out}/ckpt.pt cannot be read ({type(error).__name__}); start anew with --overwrite")
+        ckpt = load_checkpoint(out / "ckpt.pt", "start anew with --overwrite")
+        stored = ckpt["args"]
         args = parse_args({k: v for k, v in stored.items() if k not in ("resume", "overwrite")})
         changed = [k for k, v in vars(args).items() if k not in MAY_CHANGE and v != stored[k]]
         if changed:
             fail(f"{out}/ckpt.pt was made with --{changed[0]} {stored[changed[0]]}, not {getattr(args, changed[0])}; "
                  "resume without that flag, or start a new run in another --out_dir")
+    init = None
+    if args.init_from and not ckpt:
+        init = load_checkpoint(args.init_from, "--init_from takes a ckpt.pt that fastmix.py wrote")
+        model_flags = ("n_layer", "n_head", "n_embd")
+        args = parse_args({f: init["config"][f] for f in (*model_flags, "block_size")})
+        for f in model_flags:
+            if getattr(args, f) != init["config"][f]:
+                fail(f"{args.init_from} has --{f} {init['config'][f]}, not {getattr(args, f)}; leave the flag out")
 
     # device
     device = args.device
@@ -467,8 +599,11 @@ def main():
         if (s.tokenizer, s.vocab_size) != (tokenizer, vocab_size):
             fail(f"'{s.name}' was prepared with the tokenizer {s.tokenizer} ({s.vocab_size} ids), '{names[0]}' with "
                  f"{tokenizer} ({vocab_size}); prepare both with the same --tokenizer")
-    digests = {n: s.meta["splits"]["train"]["sha256"] for n, s in loaded.items()}
-    available = [len(s.train) for s in sources]
+    if init and (init["tokenizer"], init["config"]["vocab_size"]) != (tokenizer, vocab_size):
+        fail(f"{args.init_from} was trained with the tokenizer {init['tokenizer']} ({init['config']['vocab_size']} ids), "
+             f"'{names[0]}' was prepared with {tokenizer} ({vocab_size}); prepare it with the same --tokenizer")
+    digests = {n: [s.meta["splits"]["train"].get(key) for key in ("sha256", "mask_sha256")] for n, s in loaded.items()}
+    available = [s.learned["train"] for s in sources]
     searching = args.mixture is None
     if ckpt and ckpt["digests"] != digests:
         fail(f"the data in {args.data_dir}/ is not what {out}/ckpt.pt was trained on; prepare it as it was, or start a "
@@ -481,11 +616,13 @@ def main():
     args.sources, args.target = ",".join(names), ",".join(target_names)  # what is saved says what was used
 
     # model
-    if args.n_embd % args.n_head:
-        fail(f"--n_embd {args.n_embd} must be a multiple of --n_head {args.n_head}")
+    if args.n_embd % (2 * args.n_head):
+        fail(f"--n_embd {args.n_embd} must be an even multiple of --n_head {args.n_head}")
     torch.manual_seed(args.seed)
     net = GPT(GPTConfig(vocab_size, args.block_size, args.n_layer, args.n_head, args.n_embd)).to(device)
     model, head = torch.compile(net) if args.compile else net, net.lm_head.weight
+    if init:
+        net.load_state_dict(init["model"])
     optimizer = net.configure_optimizer(args.learning_rate, args.weight_decay, (0.9, 0.95), fused=device != "mps")
 
     # all state of the loop; what a checkpoint holds
@@ -493,9 +630,11 @@ def main():
     start, seconds = 0, 0.0
     z, moments = torch.zeros(K, device=device), torch.zeros(3, K, device=device)  # mixture logits and their Adam
     alpha_sum, alpha_sum_half = torch.zeros(2, K, dtype=torch.float64)  # over all steps, over the last half
-    drawn = torch.zeros(K, dtype=torch.int64)  # tokens seen of each source
+    drawn = torch.zeros(K, dtype=torch.int64)  # learned tokens seen of each source
     meter = torch.zeros(4, K, device=device)  # since the last line: loss sum, tokens, alignment sum, outer steps
+    density = torch.tensor([s.density for s in sources], device=device)  # (K,) learned tokens per token drawn
     losses = []  # of each step since the last line
+    before = {}  # test results of --init_from
     if ckpt:
         net.load_state_dict(ckpt["model"])
         optimizer.load_state_dict(ckpt["optimizer"])
@@ -504,13 +643,14 @@ def main():
         train_rng.set_state(ckpt["train_rng"])
         target_rng.set_state(ckpt["target_rng"])
         start, seconds, losses = ckpt["step"], ckpt["seconds"], list(ckpt["losses"].to(device))
+        before = ckpt["before"]
 
     def save_checkpoint(step):
         state = {"model": net.state_dict(), "optimizer": optimizer.state_dict(), "args": vars(args), "step": step,
                  "seconds": seconds, "tensors": [z, moments, alpha_sum, alpha_sum_half, drawn, meter],
                  "losses": torch.stack(losses) if losses else torch.zeros(0), "train_rng": train_rng.get_state(),
                  "target_rng": target_rng.get_state(), "schedule": schedule, "digests": digests,
-                 "config": vars(net.config), "tokenizer": tokenizer}
+                 "config": vars(net.config), "tokenizer": tokenizer, "before": before}
         save_atomically(out / "ckpt.pt", lambda f: torch.save(state, f))
 
     try:
@@ -528,6 +668,10 @@ def main():
     print(f"{net.num_params():,} parameters, {tokens_per_step:,} tokens a step, {device}, {dtype}")
     print(f"sources {', '.join(names)}; target {', '.join(target_names)}"
           + f"{note}; {'searching' if searching else f'mixture {args.mixture}'}")
+    for s in loaded.values():
+        if s.cut[1]:
+            print(f"{s.name}: of {s.cut[0]:,} examples {s.cut[1]:,} are longer than --block_size {args.block_size} and "
+                  f"lose their end; {s.cut[2]:,} of these have a prompt as long and are left out")
 
     stop = []  # the first Ctrl-C or SIGTERM ends the run after the step, the second at once
 
@@ -536,6 +680,21 @@ def main():
         signal.signal(number, signal.SIG_DFL)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, ask_to_stop)
+
+    def test_results():
+        """Each target's loss on its test split in nats a learned token and bits a byte, and its accuracy if asked for."""
+        results = {}
+        with autocast:
+            for t in targets:
+                counts = t.meta["splits"]["test"]
+                loss = evaluate(model, head, t, "test", args.test_tokens, args.batch_size, device)
+                bits = loss / math.log(2) * (counts.get("learned", counts["tokens"])
+                                             / counts.get("learned_bytes", counts["bytes"]))
+                results[t.name] = {"test_loss": loss, "test_bits_per_byte": bits}
+                if args.eval_accuracy:
+                    share, n = accuracy(model, head, t, args.test_tokens, args.batch_size, device)
+                    results[t.name] |= {"accuracy": share, "answers": n} if n else {}
+        return results
 
     def alpha_at(step):
         if searching:
@@ -547,6 +706,15 @@ def main():
     def uniform_numbers(n, generator):
         return torch.rand(n, generator=generator, dtype=torch.float64).numpy()
 
+    def report(results, when):
+        for name, r in results.items():
+            print(f"target {name}{when}: test loss {r['test_loss']:.4f} nats a "
+                  f"{'learned ' if loaded[name].masks else ''}token, {r['test_bits_per_byte']:.4f} bits a byte"
+                  + (f", {r['accuracy']:.1%} of {r['answers']:,} short answers right" if "accuracy" in r else ""))
+
+    if init:
+        before = test_results()
+        report(before, " before training")
     member_of = torch.arange(K, device=device)[:, None]
     clock, line_seconds, line_step = time.time(), seconds, start
     val_loss, step = math.nan, start
@@ -559,7 +727,8 @@ def main():
         evaluating = (step % args.eval_every == 0 or last) and not reported
         if evaluating:
             with autocast:
-                val_loss = np.mean([evaluate(model, head, t, "val", args.eval_tokens, args, device) for t in targets])
+                val_loss = np.mean([evaluate(model, head, t, "val", args.eval_tokens, args.batch_size, device)
+                                    for t in targets])
         logging = (step % args.log_every == 0 or evaluating) and not reported
         if logging or stop:  # before anything is saved
             values = torch.stack(losses).tolist() if losses else []
@@ -607,29 +776,28 @@ def main():
         G_val = None
         if outer:
             u = uniform_numbers(args.target_batch_size + 1, target_rng)
-            x, y = gather(targets, "val", draw(np.ones(len(targets)), u), u[1:], args.block_size)
+            x, y = gather(targets, "val", draw(np.ones(len(targets)), u), u[1:])
             with autocast:
                 G_val = target_gradient(model, head, x.to(device), y.to(device))
 
         # ---- inner step: weighted loss of sequences drawn from q
         alpha = alpha_at(step)
-        q = (1 - args.uniform_share) * alpha + args.uniform_share / K
-        weights = alpha / q  # (K,) formula (1); 0 / 0 where a source is neither wanted nor drawn
+        q, weights = sampling(alpha, density, args.uniform_share)  # (K,), (K,)
         u = uniform_numbers(args.batch_size * args.grad_accum + 1, train_rng)
         source = draw(q.cpu().double().numpy(), u)  # (B * grad_accum,)
-        X, Y = gather(sources, "train", source, u[1:], args.block_size)
+        X, Y = gather(sources, "train", source, u[1:])
         lr = learning_rate_at(step, args)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        seen = torch.zeros(2, K, device=device)  # of this step: sum of alignments, tokens
+        seen = torch.zeros(2, K, device=device)  # of this step: sum of alignments, learned tokens
         step_loss = torch.zeros((), device=device)
         for micro in range(args.grad_accum):  # every grad_accum-th sequence, so that each holds all sources
             x, y, k = (t[micro::args.grad_accum].to(device) for t in (X, Y, torch.from_numpy(source)))
             with autocast:
-                loss, token_loss, alignment = batch_loss(model, head, x, y, weights[k], len(source), G_val)
+                loss, token_loss, alignment = batch_loss(model, head, x, y, weights[k], Y.numel(), G_val)
             loss.backward()
             member = (k == member_of).float()  # (K, B) one-hot: a matmul adds up by source, in a fixed order
-            seen[1] += member.sum(1) * args.block_size
+            seen[1] += member @ (y != IGNORE).float().sum(1)
             meter[0] += member @ token_loss.sum(1)
             if outer:
                 seen[0] += member @ alignment.sum(1)
@@ -650,7 +818,7 @@ def main():
 
         meter[1] += seen[1]
         losses.append(step_loss)
-        drawn += torch.from_numpy(np.bincount(source, minlength=K)) * args.block_size
+        drawn.index_add_(0, torch.from_numpy(source), (Y != IGNORE).sum(1))
         used = alpha.cpu().double()
         alpha_sum += used
         if step >= args.max_steps // 2:
@@ -659,28 +827,29 @@ def main():
 
     # ---- results
     with autocast:
-        final_loss = [evaluate(model, head, s, "val", args.eval_tokens, args, device) for s in sources]
-        test = {t.name: evaluate(model, head, t, "test", args.test_tokens, args, device) for t in targets}
-    per_byte = {t.name: t.meta["splits"]["test"]["tokens"] / t.meta["splits"]["test"]["bytes"] for t in targets}
-    test_loss = float(np.mean(list(test.values())))
-    bits = float(np.mean([test[n] * per_byte[n] / math.log(2) for n in test]))
+        final_loss = [evaluate(model, head, s, "val", args.eval_tokens, args.batch_size, device) for s in sources]
+    test = test_results()
+    test_loss, bits = (float(np.mean([t[key] for t in test.values()])) for key in ("test_loss", "test_bits_per_byte"))
     mixtures = {"last": alpha_at(step).cpu().double(), "last_half_average": alpha_sum_half, "run_average": alpha_sum}
     mixtures = {n: (m / m.sum()).tolist() for n, m in mixtures.items()}
-    final, tokens = mixtures["last_half_average"], step * tokens_per_step
+    final, tokens, learned = mixtures["last_half_average"], step * tokens_per_step, drawn.sum().item()
     first = [1 / K] * K if searching else schedule[1][0].tolist()
 
     print(f"\n{'source':12s} {'tokens':>12s} {'start':>7s} {'final':>7s} {'epochs':>7s} {'val loss':>9s}")
     for k, name in enumerate(names):
         print(f"{name:12s} {available[k]:12,d} {first[k]:7.3f} {final[k]:7.3f} "
-              f"{final[k] * tokens / available[k]:7.2f} {final_loss[k]:9.3f}")
-    print(f"final: average of the last half; epochs: of {tokens:,} tokens drawn by it; loss: nats a token")
-    print(f"target {', '.join(target_names)}: test loss {test_loss:.4f} nats a token, {bits:.4f} bits a byte")
+              f"{final[k] * learned / available[k]:7.2f} {final_loss[k]:9.3f}")
+    kind = "token" if learned == tokens else "learned token"
+    print(f"final: average of the last half; epochs: of {learned:,} {kind}s drawn by it; loss: nats a {kind}")
+    report(test, "")
+    if len(test) > 1:
+        print(f"mean of the targets: test loss {test_loss:.4f} nats a token, {bits:.4f} bits a byte")
 
     result = {
-        "mixture": dict(zip(names, final)), "recommended": "last_half_average", "unit": "tokens",
+        "mixture": dict(zip(names, final)), "recommended": "last_half_average", "unit": "learned tokens" if learned < tokens else "tokens",
         "mixtures": {n: dict(zip(names, m)) for n, m in mixtures.items()},
         "searched": searching, "target": target_names, "test_loss": test_loss, "test_bits_per_byte": bits,
-        "test_loss_by_target": test, "tokenizer": tokenizer, "seed": args.seed, "steps": step, "tokens": tokens,
+        "targets": test, "before": before, "tokenizer": tokenizer, "seed": args.seed, "steps": step, "tokens": tokens,
         "sources": {n: {"tokens_available": available[k], "tokens_seen": int(drawn[k]),
                         "epochs": drawn[k].item() / available[k], "val_loss": final_loss[k]}
                     for k, n in enumerate(names)},

@@ -1,9 +1,13 @@
 """
-A GPT in the style of nanoGPT, with one difference: it stops at the final hidden state.
+A GPT in the style of nanoGPT, with two differences.
 
-The LM head is untied from the token embedding and is not applied here. fastmix.py applies it inside the fused loss,
+It stops at the final hidden state. The LM head is untied from the token embedding and is not applied here. fastmix.py applies it inside the fused loss,
 which needs the hidden states and the head's weight apart: the alignment of a source with the target is taken at the
 head, and with a tied head "the gradient of the head" would also be a gradient of the embedding.
+
+Positions are rotary (RoFormer, arXiv 2104.09864), not learned. A small model with learned positions first has to find
+out which ones are neighbours, and stays at the loss of single letters for most of a short run; and without a table of
+positions a checkpoint can go on with another block size.
 """
 import math
 from dataclasses import dataclass
@@ -22,6 +26,19 @@ class GPTConfig:
     n_embd: int = 128
 
 
+def rotation(block_size, dim):
+    """cos and sin (2, T, dim / 2) of the angles by which position t turns each pair of channels."""
+    frequency = 10_000.0 ** (-torch.arange(0, dim, 2) / dim)
+    angle = torch.arange(block_size)[:, None] * frequency
+    return torch.stack([angle.cos(), angle.sin()])
+
+
+def rotate(x, cos, sin):
+    """Turns channel pairs (i, i + D / 2) of x (B, n_head, T, D): scores q . k then depend on distances alone."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1).type_as(x)  # q, k and v alike under autocast
+
+
 class CausalSelfAttention(nn.Module):
 
     def __init__(self, config):
@@ -31,10 +48,11 @@ class CausalSelfAttention(nn.Module):
         self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
         self.proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
 
-    def forward(self, x):
+    def forward(self, x, cos, sin):
         B, T, C = x.shape
         qkv = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, n_head, T, C / n_head)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return self.proj(y.transpose(1, 2).reshape(B, T, C))
 
@@ -49,8 +67,8 @@ class Block(nn.Module):
         self.up = nn.Linear(config.n_embd, 4 * config.n_embd, bias=False)
         self.down = nn.Linear(4 * config.n_embd, config.n_embd, bias=False)
 
-    def forward(self, x):
-        x = x + self.attn(self.ln_1(x))
+    def forward(self, x, cos, sin):
+        x = x + self.attn(self.ln_1(x), cos, sin)
         return x + self.down(F.gelu(self.up(self.ln_2(x))))
 
 
@@ -60,7 +78,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.tok_emb = nn.Embedding(config.vocab_size, config.n_embd)
-        self.pos_emb = nn.Embedding(config.block_size, config.n_embd)
+        self.register_buffer("rotation", rotation(config.block_size, config.n_embd // config.n_head), persistent=False)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, bias=False)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
@@ -73,10 +91,10 @@ class GPT(nn.Module):
 
     def forward(self, idx):
         """Token ids (B, T), T <= block_size, to final hidden states (B, T, n_embd); logits are h @ lm_head.weight.T."""
-        pos = torch.arange(idx.shape[1], device=idx.device)
-        x = self.tok_emb(idx) + self.pos_emb(pos)  # (B, T, C)
+        x = self.tok_emb(idx)  # (B, T, C)
+        cos, sin = self.rotation[:, : idx.shape[1]]
         for block in self.blocks:
-            x = block(x)
+            x = block(x, cos, sin)
         return self.ln_f(x)
 
     def num_params(self):

@@ -71,7 +71,7 @@ CASES = {
     "other sources": (["--resume", "--out_dir", "done", "--sources", "a,c"], "--sources a,b, not a,c"),
     "other model": (["--resume", "--out_dir", "done", "--n_layer", "2"], "--n_layer 1, not 2"),
     "resume and overwrite": (["--resume", "--overwrite", "--out_dir", "done"], "give one of them"),
-    "heads": ([*AB, "--n_head", "3"], "--n_embd 32 must be a multiple of --n_head 3"),
+    "heads": ([*AB, "--n_head", "3"], "--n_embd 32 must be an even multiple of --n_head 3"),
     "zero steps": ([*AB, "--max_steps", "0"], "0 is not a positive whole number"),
     "share above 1": ([*AB, "--uniform_share", "1.5"], "1.5 is not a number between 0 and 1"),
     "NaN rate": ([*AB, "--learning_rate", "nan"], "nan is not a number"),

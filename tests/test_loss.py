@@ -62,8 +62,11 @@ def test_no_second_derivative_is_refused_not_wrong():
 
 
 def test_nothing_learned_is_nan_as_in_torch():
-    hidden, weight, targets, _ = inputs()
-    assert fused_cross_entropy(hidden, weight, torch.full_like(targets, IGNORE))[0].isnan()
+    hidden, weight, targets, r = inputs()
+    nothing = torch.full_like(targets, IGNORE)
+    assert fused_cross_entropy(hidden, weight, nothing)[0].isnan()
+    loss = fused_cross_entropy(hidden, weight, nothing, r, divisor=N)[0]  # a sum over nothing is 0, and so its gradient
+    assert loss == 0 and not torch.autograd.grad(loss, hidden)[0].any()
 
 
 def test_large_logits_do_not_overflow():
@@ -123,7 +126,7 @@ def test_alignments_of_sources_equal_explicit_backward_passes():
         return torch.autograd.grad(F.cross_entropy((model(x) @ head.T).flatten(0, 1), y.flatten()), head)[0]
     g_val = head_gradient(target_x, target_y)
     torch.testing.assert_close(G_val, g_val)
-    loss, token_loss, alignment = batch_loss(model, head, x, y, r, B, G_val)
+    loss, token_loss, alignment = batch_loss(model, head, x, y, r, B * T, G_val)
     for k in range(K):
         rows = source == k
         torch.testing.assert_close(alignment[rows].mean(), (g_val * head_gradient(x[rows], y[rows])).sum())

@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastmix import batch_loss, draw, fused_cross_entropy, gather, head_pass, mixture_gradient, mixture_step
+from fastmix import (IGNORE, batch_loss, draw, fused_cross_entropy, gather, head_pass, mixture_gradient, mixture_step,
+                     sampling)
 from model import GPT, GPTConfig
 
 
@@ -35,40 +36,56 @@ def test_draw_at_the_edges():
 
 
 class Windows:
-    """A source of exactly two windows of length T."""
+    """A source of exactly two windows of length T; every `unlearned`-th target is masked."""
 
-    def __init__(self, seed, T, vocab_size):
-        self.train = torch.randint(0, vocab_size, (T + 2,), generator=torch.Generator().manual_seed(seed)).numpy()
+    def __init__(self, seed, T, vocab_size, unlearned=None):
+        self.ids = torch.randint(0, vocab_size, (T + 2,), generator=torch.Generator().manual_seed(seed)).numpy()
+        self.mask, self.block_size = np.ones(T + 2, dtype=bool), T
+        if unlearned:
+            self.mask[::unlearned] = False
+        self.density = self.windows("train", np.arange(2))[1].ne(IGNORE).double().mean().item()
 
-    def windows(self, split, start, length):
-        return torch.from_numpy(self.train[start[:, None] + np.arange(length)])
+    def at_fraction(self, split, u):
+        return (u * 2).astype(int)
+
+    def windows(self, split, start):
+        at = start[:, None] + np.arange(self.block_size + 1)
+        return torch.from_numpy(self.ids[at][:, :-1]), torch.from_numpy(np.where(self.mask, self.ids, IGNORE)[at][:, 1:])
 
 
+@pytest.mark.parametrize("unlearned", [(None, None, None), (None, 2, 3)])
 @pytest.mark.parametrize("eps", [0.0, 0.25, 1.0])
-def test_expected_gradient_is_the_mixtures(eps):
-    """Formula (1) by enumeration of every offset and every window of a batch: E[gradient] = sum_k alpha_k g_k."""
+def test_expected_gradient_is_the_mixtures(eps, unlearned):
+    """
+    Formula (1) by enumeration of every offset and every window of a batch: E[gradient] = sum_k alpha_k g_k, g_k the
+    gradient of source k's mean loss over its learned tokens, also where sources differ in how much of them is learned.
+    """
     K, B, T, V = 3, 3, 4, 7
     torch.manual_seed(0)
     model = GPT(GPTConfig(V, T, 1, 1, 4)).double()
     head, params = model.lm_head.weight, list(model.parameters())
-    sets = [Windows(k, T, V) for k in range(K)]
+    sets = [Windows(k, T, V, unlearned[k]) for k in range(K)]
     alpha = torch.tensor([0.62, 0.27, 0.11], dtype=torch.float64)
-    q = (1 - eps) * alpha + eps / K
+    q, weights = sampling(alpha, torch.tensor([s.density for s in sets], dtype=torch.float64), eps)
+    torch.testing.assert_close(q.sum(), torch.ones((), dtype=torch.float64))
+    if eps == 0:  # sampling by the mixture: all learned tokens weigh the same
+        torch.testing.assert_close(weights, weights[:1].expand(K))
 
     def flat(loss):
         return torch.cat([g.flatten() for g in torch.autograd.grad(loss, params)])
 
     exact = 0
     for k in range(K):
-        x, y = gather(sets, "train", np.array([k, k]), np.array([0.25, 0.75]), T)
-        exact = exact + alpha[k] * flat(F.cross_entropy((model(x) @ head.T).flatten(0, 1), y.flatten()))
+        x, y = gather(sets, "train", np.array([k, k]), np.array([0.25, 0.75]))
+        loss = F.cross_entropy((model(x) @ head.T).flatten(0, 1), y.flatten(), ignore_index=IGNORE)
+        exact = exact + alpha[k] * flat(loss)
     expected = 0
     for offset, length in offsets(q.numpy(), B):
         for places in itertools.product([0.25, 0.75], repeat=B):
             source = draw(q.numpy(), np.array([offset, *places]))
-            x, y = gather(sets, "train", source, np.array(places), T)
-            r = (alpha / q)[torch.from_numpy(source)]
-            expected = expected + length / 2**B * flat(batch_loss(model, head, x, y, r, B)[0])
+            x, y = gather(sets, "train", source, np.array(places))
+            r = weights[torch.from_numpy(source)]
+            expected = expected + length / 2**B * flat(batch_loss(model, head, x, y, r, y.numel())[0])
     torch.testing.assert_close(expected, exact)
 
 
