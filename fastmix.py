@@ -14,11 +14,12 @@ gradient of the target loss one inner step ahead, w' = w - eta sum_k alpha_k g_k
     (2) alignment A_k = <g_val, g_k>, taken at the LM head, from the pass that trains     -> head_pass()
     (3) mixture   dL_val(w')/dz_k = -eta alpha_k (A_k - sum_j alpha_j A_j)                 -> mixture_gradient()
 
+Where a set has a mask (instruction data), every mean, of a loss as of an alignment, is over the learned tokens only,
+and a source counts in (3) by its share of these: beta_k in sampling().
+
     python prepare_data.py && python fastmix.py                  search on the sample set, minutes on a 2-core CPU
     python fastmix.py --mixture out/mixture.json --out_dir out-found       train at the mixture that was found
     python fastmix.py --init_from out/ckpt.pt --sources qa,chat --target task --out_dir out-tuned     post-training
-
-Where a set has a mask (instruction data), every mean, of a loss as of an alignment, is over the learned tokens only.
 
 Paper: "FastMix: Fast Data Mixture Optimization via Gradient Descent", Tan et al., ICLR 2026, arXiv 2606.14971.
 """
@@ -191,9 +192,8 @@ class TokenSet:
                          f"{block_size + 1}); give '{name}' more text or lower --block_size")
         except (OSError, ValueError, KeyError, TypeError) as error:
             fail(f"{folder}/meta.json cannot be read ({error!r}); {self.again}")
-        # learned tokens per token drawn from train: 1 for text
-        self.density = self.learned["train"] / (len(self.rows["train"][0]) * block_size if packed else
-                                                len(self.tokens["train"]))
+        self.available = len(self.rows["train"][0]) * block_size if packed else len(self.tokens["train"])
+        self.density = self.learned["train"] / self.available  # learned tokens per token drawn from train; 1 for text
 
     def map(self, path, dtype, n):
         size = path.stat().st_size if path.is_file() else -1
@@ -222,7 +222,7 @@ class TokenSet:
         if not rows:
             fail(f"{self.name}/{split}: no example has a response within --block_size {self.block_size}; raise it")
         self.rows[split] = np.array(rows).T
-        self.learned[split] = sum(np.count_nonzero(mask[a + 1: b]) for a, b in rows)  # no row predicts its first token
+        self.learned[split] = sum(int(mask[a + 1: b].sum()) for a, b in rows)  # no row predicts its first token
         self.cut += np.array([len(starts), (ends - starts > room).sum(), (~usable).sum()])
 
     def window_count(self, split):
@@ -236,7 +236,7 @@ class TokenSet:
         return (u * (len(self.tokens[split]) - self.block_size)).astype(np.int64)
 
     def windows(self, split, start):
-        """Windows at start (B,) of a split -> inputs (B, T) and next-token targets (B, T), int64, IGNORE if not learned."""
+        """Windows at start (B,) of a split -> inputs and next-token targets, (B, T) int64, IGNORE where not learned."""
         at = start[:, None] + np.arange(self.block_size + 1)  # (B, T + 1)
         if split in self.rows:  # behind a row comes the next example, and at the end nothing: filled, never learned
             last = self.rows[split][1][np.searchsorted(self.rows[split][0], start)][:, None] - 1
@@ -378,27 +378,34 @@ def batch_loss(model, head, x, y, r, n_tokens, G_val=None):
 
 def sampling(alpha, density, uniform_share):
     """
-    Formula (1): the probability q_k (K,) of drawing a sequence from source k, and the weight (K,) of its tokens. alpha
-    counts learned tokens, of which a sequence of source k has density_k of its length, so for sampling by alpha itself
-    (eps = 0) sequences are drawn in proportion to alpha_k / density_k; for text that is alpha.
+    Formula (1), all (K,): the probability q_k of drawing a sequence from source k, the weight of its tokens, and the
+    share beta_k of source k in the loss. alpha_k is a share of tokens, of which density_k are learned, so the mean loss
+    over the learned tokens of a stream mixed by alpha is sum_k beta_k L_k with beta_k in proportion to
+    alpha_k density_k. For text, beta = alpha and the weights are alpha_k / q_k.
     """
-    share = alpha / density
-    q = (1 - uniform_share) * share / share.sum() + uniform_share / len(alpha)
-    return q, alpha / (q * density)  # 0 / 0 where a source is neither wanted nor drawn
+    q = (1 - uniform_share) * alpha + uniform_share / len(alpha)
+    learned = (alpha * density).sum()  # per token of the stream
+    return q, alpha / (q * learned), alpha * density / learned  # 0 / 0 where a source is neither wanted nor drawn
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the mixture
 
-def mixture_gradient(alpha, alignment, present, eta=1.0, entropy=0.0):
+def mixture_gradient(beta, alignment, present, eta=1.0):
     """
-    Gradient on z of L_val(w - eta sum_k alpha_k g_k) + entropy sum_k alpha_k log alpha_k, for alpha = softmax(z), to
-    first order in eta: formula (3). alpha, alignment and present (a mask) are (K,). A source absent from the batch has
-    no alignment: it stays out of the centring and gets 0, for a missing measurement is no evidence.
+    Gradient on z of L_val(w - eta sum_k beta_k g_k), beta_k in proportion to density_k exp(z_k), to first order in eta:
+    formula (3). beta (for text the mixture alpha = softmax(z)), alignment and present (a mask) are (K,). A source
+    absent from the batch has no alignment: it stays out of the centring and gets 0, for a missing measurement is no
+    evidence.
     """
-    share = alpha * present / (alpha * present).sum()  # the mixture among the sources present
-    value = torch.where(present, -eta * alignment + entropy * alpha.log(), 0.0)
-    return torch.where(present, alpha * (value - (share * value).sum()), 0.0)
+    share = beta * present / (beta * present).sum()  # among the sources present
+    return torch.where(present, -eta * beta * (alignment - (share * torch.where(present, alignment, 0)).sum()), 0.0)
+
+
+def entropy_gradient(alpha, present):
+    """Gradient on z of sum_k alpha_k log alpha_k, alpha = softmax(z): descending it evens the mixture out. (K,)"""
+    share = alpha * present / (alpha * present).sum()
+    return torch.where(present, alpha * (alpha.log() - (share * torch.where(present, alpha.log(), 0)).sum()), 0.0)
 
 
 def mixture_step(z, moments, gradient, present, learning_rate, betas=(0.9, 0.95), eps=1e-12):
@@ -491,7 +498,7 @@ def accuracy(model, weight, tokens, max_tokens, batch_size, device):
     and only if, the likeliest token after every true prefix is the true one, so one forward pass tells.
     """
     if "test" not in tokens.rows:
-        return math.nan, 0
+        return 0.0, 0
     ids, mask = tokens.tokens["test"], tokens.masks["test"]
     pairs = []  # where an example starts, where its answer does, where both end
     for start, end in zip(*tokens.examples("test")):
@@ -499,20 +506,20 @@ def accuracy(model, weight, tokens, max_tokens, batch_size, device):
         answer = start + (read[-1] + 1 if len(read) else 1)
         if 0 < end - answer <= SHORT_ANSWER and end - start <= tokens.block_size + 1:
             pairs.append((start, answer, end))
-    pick = np.unique(np.linspace(0, len(pairs) - 1, min(len(pairs), max(1, max_tokens // tokens.block_size))).astype(int))
-    right = 0
-    for rows in np.array_split(pick, math.ceil(len(pick) / batch_size)) if len(pairs) else []:
+    pairs, right = pairs[:: math.ceil(len(pairs) * tokens.block_size / max_tokens) or 1], 0
+    for i in range(0, len(pairs), batch_size):
+        rows = pairs[i: i + batch_size]
         x = torch.zeros(len(rows), tokens.block_size, dtype=torch.int64)
         y = torch.full_like(x, IGNORE)
-        for i, (start, answer, end) in enumerate(pairs[r] for r in rows):
+        for j, (start, answer, end) in enumerate(rows):
             example = torch.from_numpy(ids[start:end].astype(np.int64))
-            x[i, : len(example) - 1] = example[:-1]
-            y[i, answer - start - 1: len(example) - 1] = example[answer - start:]
+            x[j, : len(example) - 1] = example[:-1]
+            y[j, answer - start - 1: len(example) - 1] = example[answer - start:]
         hidden, asked = model(x.to(device)), (y != IGNORE).to(device)
         wrong = torch.zeros(y.shape, dtype=torch.bool, device=device)
         wrong[asked] = (hidden[asked] @ weight.to(hidden.dtype).T).argmax(1) != y.to(device)[asked]
         right += (~wrong.any(1)).sum().item()
-    return right / len(pick) if len(pick) else math.nan, len(pick)
+    return right / max(1, len(pairs)), len(pairs)
 
 
 def save_atomically(path, write):
@@ -600,10 +607,10 @@ def main():
             fail(f"'{s.name}' was prepared with the tokenizer {s.tokenizer} ({s.vocab_size} ids), '{names[0]}' with "
                  f"{tokenizer} ({vocab_size}); prepare both with the same --tokenizer")
     if init and (init["tokenizer"], init["config"]["vocab_size"]) != (tokenizer, vocab_size):
-        fail(f"{args.init_from} was trained with the tokenizer {init['tokenizer']} ({init['config']['vocab_size']} ids), "
-             f"'{names[0]}' was prepared with {tokenizer} ({vocab_size}); prepare it with the same --tokenizer")
+        fail(f"{args.init_from} was trained with the tokenizer {init['tokenizer']} ({init['config']['vocab_size']} "
+             f"ids), '{names[0]}' was prepared with {tokenizer} ({vocab_size}); prepare it with the same --tokenizer")
     digests = {n: [s.meta["splits"]["train"].get(key) for key in ("sha256", "mask_sha256")] for n, s in loaded.items()}
-    available = [s.learned["train"] for s in sources]
+    available = [s.available for s in sources]  # tokens to train on, for packed examples with what fills the rows
     searching = args.mixture is None
     if ckpt and ckpt["digests"] != digests:
         fail(f"the data in {args.data_dir}/ is not what {out}/ckpt.pt was trained on; prepare it as it was, or start a "
@@ -630,7 +637,7 @@ def main():
     start, seconds = 0, 0.0
     z, moments = torch.zeros(K, device=device), torch.zeros(3, K, device=device)  # mixture logits and their Adam
     alpha_sum, alpha_sum_half = torch.zeros(2, K, dtype=torch.float64)  # over all steps, over the last half
-    drawn = torch.zeros(K, dtype=torch.int64)  # learned tokens seen of each source
+    drawn = torch.zeros(K, dtype=torch.int64)  # tokens seen of each source
     meter = torch.zeros(4, K, device=device)  # since the last line: loss sum, tokens, alignment sum, outer steps
     density = torch.tensor([s.density for s in sources], device=device)  # (K,) learned tokens per token drawn
     losses = []  # of each step since the last line
@@ -682,7 +689,7 @@ def main():
         signal.signal(number, ask_to_stop)
 
     def test_results():
-        """Each target's loss on its test split in nats a learned token and bits a byte, and its accuracy if asked for."""
+        """{target: its test loss in nats a learned token and in bits a byte and, if asked for, its accuracy}."""
         results = {}
         with autocast:
             for t in targets:
@@ -782,7 +789,7 @@ def main():
 
         # ---- inner step: weighted loss of sequences drawn from q
         alpha = alpha_at(step)
-        q, weights = sampling(alpha, density, args.uniform_share)  # (K,), (K,)
+        q, weights, beta = sampling(alpha, density, args.uniform_share)  # each (K,)
         u = uniform_numbers(args.batch_size * args.grad_accum + 1, train_rng)
         source = draw(q.cpu().double().numpy(), u)  # (B * grad_accum,)
         X, Y = gather(sources, "train", source, u[1:])
@@ -811,14 +818,14 @@ def main():
         if outer:
             present = seen[1] > 0
             A = torch.where(present, seen[0] / seen[1], 0.0)  # (K,)
-            mixture_step(z, moments, mixture_gradient(alpha, A, present, entropy=args.entropy), present,
-                         args.learning_rate_mixture)
+            gradient = mixture_gradient(beta, A, present) + args.entropy * entropy_gradient(alpha, present)
+            mixture_step(z, moments, gradient, present, args.learning_rate_mixture)
             meter[2] += A
             meter[3] += present
 
         meter[1] += seen[1]
         losses.append(step_loss)
-        drawn.index_add_(0, torch.from_numpy(source), (Y != IGNORE).sum(1))
+        drawn += torch.from_numpy(np.bincount(source, minlength=K)) * args.block_size
         used = alpha.cpu().double()
         alpha_sum += used
         if step >= args.max_steps // 2:
@@ -832,21 +839,20 @@ def main():
     test_loss, bits = (float(np.mean([t[key] for t in test.values()])) for key in ("test_loss", "test_bits_per_byte"))
     mixtures = {"last": alpha_at(step).cpu().double(), "last_half_average": alpha_sum_half, "run_average": alpha_sum}
     mixtures = {n: (m / m.sum()).tolist() for n, m in mixtures.items()}
-    final, tokens, learned = mixtures["last_half_average"], step * tokens_per_step, drawn.sum().item()
+    final, tokens = mixtures["last_half_average"], step * tokens_per_step
     first = [1 / K] * K if searching else schedule[1][0].tolist()
 
     print(f"\n{'source':12s} {'tokens':>12s} {'start':>7s} {'final':>7s} {'epochs':>7s} {'val loss':>9s}")
     for k, name in enumerate(names):
         print(f"{name:12s} {available[k]:12,d} {first[k]:7.3f} {final[k]:7.3f} "
-              f"{final[k] * learned / available[k]:7.2f} {final_loss[k]:9.3f}")
-    kind = "token" if learned == tokens else "learned token"
-    print(f"final: average of the last half; epochs: of {learned:,} {kind}s drawn by it; loss: nats a {kind}")
+              f"{final[k] * tokens / available[k]:7.2f} {final_loss[k]:9.3f}")
+    print(f"final: average of the last half; epochs: of {tokens:,} tokens drawn by it; loss: nats a token")
     report(test, "")
     if len(test) > 1:
         print(f"mean of the targets: test loss {test_loss:.4f} nats a token, {bits:.4f} bits a byte")
 
     result = {
-        "mixture": dict(zip(names, final)), "recommended": "last_half_average", "unit": "learned tokens" if learned < tokens else "tokens",
+        "mixture": dict(zip(names, final)), "recommended": "last_half_average", "unit": "tokens",
         "mixtures": {n: dict(zip(names, m)) for n, m in mixtures.items()},
         "searched": searching, "target": target_names, "test_loss": test_loss, "test_bits_per_byte": bits,
         "targets": test, "before": before, "tokenizer": tokenizer, "seed": args.seed, "steps": step, "tokens": tokens,

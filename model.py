@@ -1,9 +1,10 @@
 """
 A GPT in the style of nanoGPT, with two differences.
 
-It stops at the final hidden state. The LM head is untied from the token embedding and is not applied here. fastmix.py applies it inside the fused loss,
-which needs the hidden states and the head's weight apart: the alignment of a source with the target is taken at the
-head, and with a tied head "the gradient of the head" would also be a gradient of the embedding.
+It stops at the final hidden state. The LM head is untied from the token embedding and is not applied here: fastmix.py
+applies it inside the fused loss, which needs the hidden states and the head's weight apart. The alignment of a source
+with the target is taken at the head, and with a tied head "the gradient of the head" would also be a gradient of the
+embedding.
 
 Positions are rotary (RoFormer, arXiv 2104.09864), not learned. A small model with learned positions first has to find
 out which ones are neighbours, and stays at the loss of single letters for most of a short run; and without a table of

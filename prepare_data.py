@@ -33,6 +33,7 @@ import sysconfig
 import textwrap
 import threading
 import time
+import unicodedata
 import warnings
 from pathlib import Path
 
@@ -43,7 +44,7 @@ SPLITS = ("train", "val", "test")
 PIECE = 1 << 20  # characters read and tokenized at a time
 FEW_DOCUMENTS = 100  # below this a split by document would be lopsided, so documents are cut into pieces first
 SAMPLE = ("python", "cpp", "prose", "math", "legal", "noise", "numpy",  # six sources and a target
-          "describe", "implement", "evaluate", "numpy_tasks")  # three instruction sets and a target
+          "describe", "implement", "evaluate", "declare", "unicode", "numpy_tasks")  # instructions and a target
 SAMPLE_TARGETS = ("numpy", "numpy_tasks")
 SAMPLE_CHARS = 4_000_000  # at most this much of each sample source
 EXAMPLE_CHARS = 250  # longest example of the sample's instruction sets
@@ -338,6 +339,20 @@ def doctests(doc):
         before.append(prompt + e.want)
 
 
+def declarations(headers):
+    """A C++ comment -> the declaration that follows it, (prompt, response) each once."""
+    pattern = re.compile(r"((?:^[ \t]*//[^\n]*\n)+)([^\n/][^;{]*[;{])", re.MULTILINE)
+    return dict.fromkeys(pair for text in read_all(headers) for pair in pattern.findall(text))
+
+
+def characters():
+    """A character's name in Unicode -> its code and the character itself. For tasks without any of it, a control."""
+    for code in range(0x20, 0x20000):
+        name = unicodedata.name(chr(code), "")
+        if name and not name.startswith(("CJK", "HANGUL SYLLABLE")):  # named by number and by rule
+            yield name, f"U+{code:04X} {chr(code)}"
+
+
 def pydoc_topics(stdlib):
     """The texts behind help('if'): string values of one dict literal."""
     for text in read_all(listing(stdlib / "pydoc_data", "topics.py")):
@@ -381,6 +396,8 @@ def sample_sets(seed):
         "legal": licences(site),
         "numpy": read_all(numpy),
         **{kind: tasks(from_code[kind] | from_sympy[kind]) for kind in ("describe", "implement", "evaluate")},
+        "declare": tasks(declarations(headers)),
+        "unicode": tasks(characters()),
         "numpy_tasks": [e for kind, pairs in read_python(numpy).items() if kind != "docstrings" for e in tasks(pairs)],
     }
     sets = {}

@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastmix import (IGNORE, batch_loss, draw, fused_cross_entropy, gather, head_pass, mixture_gradient, mixture_step,
-                     sampling)
+from fastmix import (IGNORE, batch_loss, draw, entropy_gradient, fused_cross_entropy, gather, head_pass,
+                     mixture_gradient, mixture_step, sampling)
 from model import GPT, GPTConfig
 
 
@@ -57,8 +57,8 @@ class Windows:
 @pytest.mark.parametrize("eps", [0.0, 0.25, 1.0])
 def test_expected_gradient_is_the_mixtures(eps, unlearned):
     """
-    Formula (1) by enumeration of every offset and every window of a batch: E[gradient] = sum_k alpha_k g_k, g_k the
-    gradient of source k's mean loss over its learned tokens, also where sources differ in how much of them is learned.
+    Formula (1) by enumeration of every offset and every window of a batch: E[gradient] = sum_k beta_k g_k, g_k the
+    gradient of source k's mean loss over its learned tokens; where all tokens are learned, beta is alpha.
     """
     K, B, T, V = 3, 3, 4, 7
     torch.manual_seed(0)
@@ -66,8 +66,10 @@ def test_expected_gradient_is_the_mixtures(eps, unlearned):
     head, params = model.lm_head.weight, list(model.parameters())
     sets = [Windows(k, T, V, unlearned[k]) for k in range(K)]
     alpha = torch.tensor([0.62, 0.27, 0.11], dtype=torch.float64)
-    q, weights = sampling(alpha, torch.tensor([s.density for s in sets], dtype=torch.float64), eps)
-    torch.testing.assert_close(q.sum(), torch.ones((), dtype=torch.float64))
+    density = torch.tensor([s.density for s in sets], dtype=torch.float64)
+    q, weights, beta = sampling(alpha, density, eps)
+    torch.testing.assert_close(beta, alpha * density / (alpha * density).sum())
+    torch.testing.assert_close(q, (1 - eps) * alpha + eps / K)
     if eps == 0:  # sampling by the mixture: all learned tokens weigh the same
         torch.testing.assert_close(weights, weights[:1].expand(K))
 
@@ -78,7 +80,7 @@ def test_expected_gradient_is_the_mixtures(eps, unlearned):
     for k in range(K):
         x, y = gather(sets, "train", np.array([k, k]), np.array([0.25, 0.75]))
         loss = F.cross_entropy((model(x) @ head.T).flatten(0, 1), y.flatten(), ignore_index=IGNORE)
-        exact = exact + alpha[k] * flat(loss)
+        exact = exact + beta[k] * flat(loss)
     expected = 0
     for offset, length in offsets(q.numpy(), B):
         for places in itertools.product([0.25, 0.75], repeat=B):
@@ -89,8 +91,9 @@ def test_expected_gradient_is_the_mixtures(eps, unlearned):
     torch.testing.assert_close(expected, exact)
 
 
-def test_gradient_on_z_equals_difference_of_the_look_ahead():
-    """Formula (3) against a central difference of L_val(W - eta sum_k alpha_k(z) g_k) over z, W the head."""
+@pytest.mark.parametrize("density", [[1.0, 1.0, 1.0, 1.0], [1.0, 0.6, 0.1, 0.4]])
+def test_gradient_on_z_equals_difference_of_the_look_ahead(density):
+    """Formula (3) against a central difference of L_val(W - eta sum_k beta_k(z) g_k) over z, W the head."""
     K, N, V, C, eta, step = 4, 30, 11, 5, 1e-5, 1e-4
     g = torch.Generator().manual_seed(3)
     weight = torch.randn(V, C, generator=g, dtype=torch.float64)
@@ -99,15 +102,17 @@ def test_gradient_on_z_equals_difference_of_the_look_ahead():
     even = torch.full((N,), 1 / N, dtype=torch.float64)
     G = [head_pass(hidden[k], weight, targets[k], even, grad_weight=True)[3] for k in range(K + 1)]
     A = torch.stack([fused_cross_entropy(hidden[k], weight, targets[k], G_val=G[-1])[2].mean() for k in range(K)])
-    z = torch.randn(K, generator=g, dtype=torch.float64)
+    z, density = torch.randn(K, generator=g, dtype=torch.float64), torch.tensor(density, dtype=torch.float64)
+
+    def beta(z):
+        return sampling(torch.softmax(z, 0), density, 0.25)[2]
 
     def look_ahead(z):
-        alpha = torch.softmax(z, 0)
-        ahead = weight - eta * sum(a * g_k for a, g_k in zip(alpha, G))
+        ahead = weight - eta * sum(b * g_k for b, g_k in zip(beta(z), G))
         return F.cross_entropy(hidden[-1] @ ahead.T, targets[-1])
     difference = torch.stack([(look_ahead(z + d) - look_ahead(z - d)) / (2 * step)
                               for d in step * torch.eye(K, dtype=torch.float64)])
-    got = mixture_gradient(torch.softmax(z, 0), A, torch.ones(K, dtype=torch.bool), eta)
+    got = mixture_gradient(beta(z), A, torch.ones(K, dtype=torch.bool), eta)
     torch.testing.assert_close(got, difference, rtol=1e-3, atol=1e-10)
 
 
@@ -116,7 +121,7 @@ def test_entropy_term_is_its_gradient_and_raises_entropy():
     alpha = torch.softmax(z, 0)
     lam, everyone = 0.3, torch.ones(3, dtype=torch.bool)
     (expected,) = torch.autograd.grad(lam * (alpha * alpha.log()).sum(), z)
-    got = mixture_gradient(alpha.detach(), torch.zeros(3, dtype=torch.float64), everyone, entropy=lam)
+    got = lam * entropy_gradient(alpha.detach(), everyone)
     torch.testing.assert_close(got, expected)
 
     def entropy(z):
