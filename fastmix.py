@@ -628,8 +628,12 @@ def main():
     torch.manual_seed(args.seed)
     net = GPT(GPTConfig(vocab_size, args.block_size, args.n_layer, args.n_head, args.n_embd)).to(device)
     model, head = torch.compile(net) if args.compile else net, net.lm_head.weight
-    if init:
-        net.load_state_dict(init["model"])
+    if init or ckpt:
+        try:
+            net.load_state_dict((init or ckpt)["model"])
+        except (RuntimeError, TypeError, AttributeError):
+            fail(f"{args.init_from if init else out / 'ckpt.pt'}: its weights do not fit its settings; it was not "
+                 "written by this fastmix.py")
     optimizer = net.configure_optimizer(args.learning_rate, args.weight_decay, (0.9, 0.95), fused=device != "mps")
 
     # all state of the loop; what a checkpoint holds
@@ -643,7 +647,6 @@ def main():
     losses = []  # of each step since the last line
     before = {}  # test results of --init_from
     if ckpt:
-        net.load_state_dict(ckpt["model"])
         optimizer.load_state_dict(ckpt["optimizer"])
         for mine, stored in zip((z, moments, alpha_sum, alpha_sum_half, drawn, meter), ckpt["tensors"]):
             mine.copy_(stored)

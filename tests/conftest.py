@@ -10,6 +10,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+os.environ["OMP_NUM_THREADS"] = "1"  # models this small only lose by threads
+
+import child  # noqa: E402  its server takes over the environment
 
 TINY = ["--n_layer", "1", "--n_head", "2", "--n_embd", "32", "--block_size", "16", "--batch_size", "8",
         "--target_batch_size", "4", "--warmup_steps", "5", "--eval_tokens", "512", "--eval_every", "20", "--log_every",
@@ -17,16 +20,19 @@ TINY = ["--n_layer", "1", "--n_head", "2", "--n_embd", "32", "--block_size", "16
 
 
 def start(script, *args, cwd, **kw):
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}  # models this small only lose by threads
     return subprocess.Popen([sys.executable, str(ROOT / script), *map(str, args)], cwd=cwd, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, **{"env": env, **kw})
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, **kw)
 
 
 def run(script, *args, cwd, status=0, **kw):
     """Runs a script of the repository; returns its stdout, or its stderr where a non-zero status is expected."""
-    process = start(script, *args, cwd=cwd, **kw)
-    out, err = process.communicate(timeout=150)
-    assert process.returncode == status, f"status {process.returncode}\n{out}\n{err}"
+    if kw:
+        process = start(script, *args, cwd=cwd, **kw)
+        out, err = process.communicate(timeout=150)
+        code = process.returncode
+    else:
+        code, out, err = child.communicate([str(ROOT / script), *map(str, args)], cwd, timeout=150)
+    assert code == status, f"status {code}\n{out}\n{err}"
     return out if status == 0 else err
 
 
@@ -39,15 +45,36 @@ def refused(script, *args, cwd, **kw):
     return line
 
 
-def write_set(folder, splits, vocab_size=64, tokenizer="synthetic", dtype="uint16"):
-    """A prepared set from {split: ids}."""
+def write_set(folder, splits, vocab_size=64, tokenizer="synthetic", dtype="uint16", masks=None, schema="text"):
+    """A prepared set from {split: ids} and, where some tokens are not learned, {split: mask}."""
     folder.mkdir(parents=True)
     counts = {}
     for split, ids in splits.items():
         np.asarray(ids, dtype=dtype).tofile(folder / f"{split}.bin")
         counts[split] = {"tokens": len(ids), "bytes": len(ids), "documents": 1, "sha256": str(hash(bytes(ids)))}
-    (folder / "meta.json").write_text(json.dumps({"name": folder.name, "tokenizer": tokenizer, "dtype": dtype,
-                                                  "vocab_size": vocab_size, "splits": counts}))
+        if masks:
+            np.asarray(masks[split], dtype=np.uint8).tofile(folder / f"{split}.mask.bin")
+            learned = int(np.sum(masks[split]))
+            counts[split] |= {"learned": learned, "learned_bytes": learned, "mask_sha256": str(hash(bytes(masks[split])))}
+    (folder / "meta.json").write_text(json.dumps({"name": folder.name, "schema": schema, "tokenizer": tokenizer,
+                                                  "dtype": dtype, "vocab_size": vocab_size,
+                                                  "eot_token": vocab_size - 1, "splits": counts}))
+
+
+def example_set(folder, prompt_seed, response_seed, n=1500, vocab_size=65):
+    """Examples of 4 to 6 prompt tokens of one Markov chain, 5 to 9 response tokens of another, and the last id."""
+    rng = np.random.default_rng(100 * prompt_seed + response_seed)
+    prompt, response = (markov(seed, 10 * n, draw_seed=9) for seed in (prompt_seed, response_seed))
+    ids, mask = [], []
+    for i in range(n):
+        a, b = rng.integers(4, 7), rng.integers(5, 10)
+        ids += [*prompt[10 * i: 10 * i + a], *response[10 * i: 10 * i + b], vocab_size - 1]
+        mask += [0] * a + [1] * (b + 1)
+    ends = np.flatnonzero(np.array(ids) == vocab_size - 1) + 1
+    cut = [0, ends[n // 2], ends[3 * n // 4], len(ids)]
+    parts = {split: slice(cut[i], cut[i + 1]) for i, split in enumerate(("train", "val", "test"))}
+    write_set(folder, {k: np.uint8(ids[v]) for k, v in parts.items()}, vocab_size, schema="prompt/response",
+              masks={k: np.uint8(mask[v]) for k, v in parts.items()})
 
 
 def markov(seed, n, vocab_size=64, successors=4, draw_seed=0):

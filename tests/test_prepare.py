@@ -231,8 +231,13 @@ def test_sample(sample):
         sizes[name] = sum(splits[s]["tokens"] for s in SPLITS)
         assert min(splits[s]["tokens"] for s in SPLITS) > 2000, name
     assert all(1.5e6 < sizes[n] < 4.1e6 for n in sizes if n != "legal") and sizes["legal"] < 1e6, sizes
+    for name in ("describe", "implement", "evaluate", "declare", "unicode", "numpy_tasks"):
+        meta = json.loads((sample / "data" / name / "meta.json").read_text())
+        learned = meta["splits"]["train"]["learned"] / meta["splits"]["train"]["tokens"]
+        assert meta["schema"] == "prompt/response" and 0.1 < learned < 0.8, (name, learned)
+        assert sum(meta["splits"][s]["documents"] for s in SPLITS) > 3000, name
     kept = run("prepare_data.py", cwd=sample)
-    assert kept.count("is there already, kept") == 7
+    assert kept.count("is there already, kept") == 13
     assert "other settings" in refused("prepare_data.py", "--seed", "3", cwd=sample)
 
 
@@ -243,3 +248,16 @@ def test_the_readmes_main_command_shortened(sample):
     assert (sample / "out" / "mixture.json").exists()
     run("plot_mixture.py", "out", cwd=sample)
     assert (sample / "out" / "mixture.png").stat().st_size > 20_000
+
+
+def test_the_readmes_instruction_commands_shortened(sample):
+    """(a) instructions toward a fourth kind, from a checkpoint; (b) pre-training sources toward instructions."""
+    short = ["--n_layer", 1, "--max_steps", 2, "--eval_tokens", 2048, "--test_tokens", 8192, "--overwrite"]
+    run("fastmix.py", *short, "--out_dir", "base", cwd=sample)
+    sets = ["--sources", "describe,implement,evaluate,declare,unicode", "--target", "numpy_tasks"]
+    stdout = run("fastmix.py", "--init_from", "base/ckpt.pt", *sets, "--block_size", 256, "--batch_size", 8,
+                 "--eval_accuracy", *short, "--out_dir", "tasks", cwd=sample)
+    assert stdout.count("short answers right") == 2 and "of 13,7" in stdout  # counts those longer than the block
+    run("fastmix.py", "--target", "numpy_tasks", "--block_size", 256, "--batch_size", 8, *short, "--out_dir", "toward",
+        cwd=sample)
+    assert json.loads((sample / "toward" / "mixture.json").read_text())["target"] == ["numpy_tasks"]

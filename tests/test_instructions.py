@@ -1,0 +1,329 @@
+"""Instruction data: which tokens are learned, how examples are packed, and that every mean is over learned tokens."""
+import base64
+import json
+import math
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import prepare_data
+from conftest import TINY, example_set, log_rows, markov, refused, run, write_set
+from fastmix import IGNORE, TokenSet, accuracy, batch_loss, evaluate, gather, target_gradient
+from model import GPT, GPTConfig
+
+EOT = 256
+RECORDS = {  # schema: (a line's record of example i, its text with the learned parts in brackets)
+    "prompt/response": (lambda i: {"prompt": f"say {i}", "response": f"well, {i}", "id": i}, "say {i}\n[well, {i}]"),
+    "question/answer": (lambda i: {"question": f"{i} + 1 = ", "answer": str(i + 1)}, "{i} + 1 = [{i1}]"),
+    "instruction/output": (lambda i: {"instruction": f"add {i}", "input": "ü" * (i % 3), "output": f"ï{i}", "text": "no"},
+                           "add {i}{input}\n[ï{i}]"),
+    "messages": (lambda i: {"messages": [{"role": "user", "content": f"hi {i}"}, {"role": "assistant", "content": "ho"},
+                                         {"role": "user", "content": "☃"}, {"role": "assistant", "content": f"{i}"}]},
+                 "user: hi {i}\nassistant: [ho\n]user: ☃\nassistant: [{i}]"),
+    "ask/reply": (lambda i: {"ask": f"?{i}", "reply": f"!{i}", "prompt": "x", "response": "y"}, "?{i}\n[!{i}]"),
+}
+
+
+def marked(ids, mask, tokenizer):
+    """Tokens and their mask as text, learned parts in brackets, <|endoftext|> as |."""
+    out, on = [], 0
+    for token, learned in [*zip(ids.tolist(), mask.tolist()), (None, 0)]:
+        if learned != on:
+            out.append(b"[" if learned else b"]")
+            on = learned
+        if token is not None:
+            out.append(b"|" if token == tokenizer.eot_token else tokenizer.decode_single_token_bytes(token))
+    return b"".join(out).decode()
+
+
+@pytest.mark.parametrize("schema", RECORDS)
+def test_mask_of_every_token_through_packing(tmp_path, schema):
+    """The prompt is read, the response and its <|endoftext|> are learned; packing loses and cuts no example that fits."""
+    record, text = RECORDS[schema]
+    with open(tmp_path / "qa.jsonl", "w") as f:
+        f.writelines(json.dumps(record(i)) + "\n" for i in range(300))
+    keys = ["--prompt_key", "ask", "--response_key", "reply"] if schema == "ask/reply" else []
+    stdout = run("prepare_data.py", "qa=qa.jsonl", *keys, cwd=tmp_path)
+    assert f"300 documents, {schema}" in stdout
+    expected = {text.format(i=i, i1=i + 1, input="\nü" * (i % 3 > 0) + "ü" * (i % 3 - 1)).removesuffix("]") + "|]"
+                for i in range(300)}
+    tokenizer, block_size = prepare_data.bytes_tokenizer(), 180
+    data = TokenSet(tmp_path / "data", "qa", block_size)
+    assert not data.cut[1:].any()
+    found = set()
+    for split in ("train", "val", "test"):
+        counts, ids, mask = data.meta["splits"][split], data.tokens[split], data.masks[split]
+        assert len(ids) == len(mask) == counts["tokens"] and mask.sum() == counts["learned"]
+        examples = marked(ids, mask, tokenizer).replace("|]", "|]\0").split("\0")[:-1]
+        assert len(examples) == counts["documents"]
+        # the windows a model sees show each example once and whole, and the same tokens are learned
+        seen = []
+        x, y = data.windows(split, data.rows[split][0])
+        assert len(x) < len(examples) / 2 and len(x) == data.window_count(split)
+        for row, target in zip(x.numpy(), y.numpy()):
+            assert ((target == IGNORE) | (target == np.append(row[1:], target[-1]))).all()
+            end = np.flatnonzero(target != IGNORE)[-1]
+            ids = np.append(row[: end + 1], target[end])
+            seen += marked(ids, np.append(0, target[: end + 1] != IGNORE), tokenizer).replace("|]", "|]\0").split("\0")[:-1]
+        assert seen == examples
+        assert data.learned[split] == (y != IGNORE).sum() == counts["learned"]
+        found |= set(examples)
+    assert found == expected
+
+
+def test_a_token_that_straddles_the_boundary_is_learned(tmp_path):
+    """The token " x" holds the prompt's last space and the response's first letter."""
+    ranks = [bytes([i]) for i in range(256)] + [b" x"]
+    (tmp_path / "t.tiktoken").write_bytes(b"".join(base64.b64encode(t) + b" %d\n" % i for i, t in enumerate(ranks)))
+    (tmp_path / "qa.jsonl").write_text("".join(json.dumps({"prompt": f"a{i} ", "response": "xy"}) + "\n"
+                                               for i in range(200)))
+    run("prepare_data.py", "qa=qa.jsonl", "--tokenizer", "t.tiktoken", cwd=tmp_path)
+    data = TokenSet(tmp_path / "data", "qa", 16)
+    first = marked(data.tokens["train"], data.masks["train"], prepare_data.file_tokenizer(tmp_path / "t.tiktoken"))
+    assert first.startswith("a") and first.split("|]")[0].endswith("[ xy") and not first.split("[")[0].endswith(" ")
+    assert data.meta["splits"]["train"]["learned_bytes"] == 2 * data.meta["splits"]["train"]["documents"]
+
+
+def test_long_examples_are_counted_not_hidden(tmp_path):
+    """Of 5 examples one is longer than a row, and one has a prompt that fills it: cut, and left out."""
+    ids, mask = [], []
+    for prompt, response in ((3, 4), (3, 40), (20, 3), (2, 2), (4, 4)):
+        ids += [1] * prompt + [2] * response + [9]
+        mask += [0] * prompt + [1] * (response + 1)
+    write_set(tmp_path / "d", dict.fromkeys(("train", "val", "test"), np.uint8(ids)), 10, schema="prompt/response",
+              masks=dict.fromkeys(("train", "val", "test"), np.uint8(mask)))
+    data = TokenSet(tmp_path, "d", 16)
+    assert data.cut.tolist() == [15, 6, 3]
+    assert data.rows["train"].tolist() == [[0, 8, 76], [8, 25, 90]]
+    x, y = data.windows("train", data.rows["train"][0])
+    assert y[1].tolist() == [IGNORE] * 2 + [2] * 14  # 3 of the prompt, then as much of the response as the row holds
+    assert y[2].tolist() == [IGNORE, 2, 2, 9] + [IGNORE] * 4 + [2] * 4 + [9] + [IGNORE] * 3
+    assert data.learned["train"] == 5 + 14 + 3 + 5 == (y != IGNORE).sum()
+
+
+def model_of(V, T, seed=0):
+    torch.manual_seed(seed)
+    return GPT(GPTConfig(V, T, 1, 2, 8)).double()
+
+
+def test_losses_and_alignments_are_means_over_learned_tokens(tmp_path):
+    """A tiny set of text and one of examples, by hand: every row's gradient at the head from autograd."""
+    T, V = 16, 65
+    example_set(tmp_path / "qa", 1, 2, n=24)
+    ids = markov(3, 900)
+    write_set(tmp_path / "text", {"train": ids[:300], "val": ids[300:600], "test": ids[600:]}, V)
+    sets = [TokenSet(tmp_path, n, T) for n in ("qa", "text")]
+    model = model_of(V, T)
+    head = model.lm_head.weight
+
+    def by_hand(x, y):  # sum of losses over learned tokens, its gradient at the head, their number
+        token_loss = F.cross_entropy((model(x) @ head.T).flatten(0, 1), y.flatten().clamp(min=0), reduction="none")
+        loss = (token_loss * (y.flatten() != IGNORE)).sum()
+        return loss.detach(), torch.autograd.grad(loss, head)[0], (y != IGNORE).sum()
+
+    qa = sets[0]
+    total, _, n = by_hand(*qa.windows("val", qa.rows["val"][0]))
+    assert math.isclose(evaluate(model, head, qa, "val", 10**6, 3, "cpu"), total / n, rel_tol=1e-9)
+    x, y = gather(sets, "val", np.array([0, 0, 1]), np.array([0.1, 0.6, 0.5]))
+    _, G, n = by_hand(x, y)
+    G_val = target_gradient(model, head, x, y)
+    torch.testing.assert_close(G_val, G / n)
+    source = np.array([0, 0, 0, 1])
+    x, y = gather(sets, "train", source, np.array([0.0, 0.3, 0.9, 0.2]))
+    r = torch.tensor([2.0, 2.0, 2.0, 0.5]).double()
+    loss, token_loss, alignment = batch_loss(model, head, x, y, r, y.numel(), G_val)
+    assert not alignment[y == IGNORE].any() and not token_loss[y == IGNORE].any()
+    expected = 0
+    for k in range(2):
+        rows = torch.from_numpy(source == k)
+        total, g, n = by_hand(x[rows], y[rows])
+        torch.testing.assert_close(alignment[rows].sum() / n, (G_val * g / n).sum())
+        expected += r[rows][0] * total / y.numel()
+    torch.testing.assert_close(loss, expected)
+
+
+def test_accuracy_is_that_of_greedy_decoding(tmp_path):
+    """Half of the answers are what the model itself says; a loop that decodes token by token tells which."""
+    T, V = 24, 12
+    model, rng = model_of(V, T, seed=1), np.random.default_rng(0)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(20)
+
+    def decode(prompt, n):
+        ids = list(prompt)
+        for _ in range(n):
+            with torch.no_grad():
+                logits = model(torch.tensor([ids]))[0, -1] @ model.lm_head.weight.T
+            ids.append(logits.argmax().item())
+        return ids[len(prompt):]
+    ids, mask, right = [], [], []
+    for i in range(40):
+        prompt = rng.integers(0, V - 1, rng.integers(1, 9)).tolist()
+        answer = decode(prompt, 6) if i % 2 else rng.integers(0, V - 1, 1).tolist()
+        answer = answer[: answer.index(V - 1)] if V - 1 in answer else answer
+        answer = answer or [0]
+        right.append(decode(prompt, len(answer) + 1) == answer + [V - 1])
+        ids += prompt + answer + [V - 1]
+        mask += [0] * len(prompt) + [1] * (len(answer) + 1)
+    write_set(tmp_path / "d", dict.fromkeys(("train", "val", "test"), np.uint8(ids)), V, schema="prompt/response",
+              masks=dict.fromkeys(("train", "val", "test"), np.uint8(mask)))
+    share, n = accuracy(model, model.lm_head.weight, TokenSet(tmp_path, "d", T), 10**6, 7, "cpu")
+    assert n == 40 and 2 < sum(right) < 38, sum(right)
+    assert math.isclose(share, sum(right) / 40)
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory):
+    """
+    The target's prompts follow chain 1, its responses chain 2. `answers` shares the responses alone, `asks` has the
+    target's responses as its prompts, `same` has the target's prompts: only the first helps where prompts are masked.
+    """
+    folder = tmp_path_factory.mktemp("planted")
+    for name, prompt, response in (("target", 1, 2), ("answers", 3, 2), ("asks", 2, 3), ("same", 1, 4)):
+        example_set(folder / "data" / name, prompt, response)
+    ids = markov(2, 4000)
+    splits = {"train": ids[:2000], "val": ids[2000:3000], "test": ids[3000:]}
+    ones = {s: np.ones(len(v), np.uint8) for s, v in splits.items()}
+    write_set(folder / "data" / "text", splits, 65)
+    (folder / "ones" / "data").mkdir(parents=True)
+    for where, masks in (("data", None), ("ones/data", ones)):
+        write_set(folder / where / "a", splits, 65, masks=masks)
+        write_set(folder / where / "b", {s: v[::-1] for s, v in splits.items()}, 65, masks=masks)
+    sparse = {s: m * (np.arange(len(m)) < (40 if s == "train" else 400)) for s, m in ones.items()}
+    write_set(folder / "data" / "sparse", splits, 65, masks=sparse)
+    return folder
+
+
+SEARCH = [*TINY, "--max_steps", 160, "--learning_rate", 1e-2, "--learning_rate_mixture", 0.05]
+
+
+def test_finds_the_source_whose_responses_match(planted):
+    def search(seed):
+        run("fastmix.py", *SEARCH, "--sources", "answers,asks,same", "--target", "target", "--seed", seed, "--out_dir",
+            f"found-{seed}", "--eval_accuracy", cwd=planted)
+        return json.loads((planted / f"found-{seed}" / "mixture.json").read_text())
+    with ThreadPoolExecutor(2) as pool:
+        for result in pool.map(search, (0, 1)):
+            assert result["mixture"]["answers"] > 0.8, result["mixture"]
+            assert 0 <= result["targets"]["target"]["accuracy"] <= 1 and result["targets"]["target"]["answers"] > 100
+
+
+def test_text_and_examples_mix(planted):
+    stdout = run("fastmix.py", *SEARCH, "--max_steps", 20, "--sources", "text,asks", "--target", "target", "--out_dir",
+                 "mixed", cwd=planted)
+    assert "nats a learned token" in stdout
+
+
+def test_masks_of_ones_change_no_bit(planted):
+    flags = [*TINY, "--max_steps", 20, "--sources", "a,b", "--target", "a", "--out_dir", "bits"]
+    for folder in (planted, planted / "ones"):
+        run("fastmix.py", *flags, cwd=folder)
+    plain, ones = (torch.load(f / "bits" / "ckpt.pt", weights_only=True) for f in (planted, planted / "ones"))
+    for name, tensor in plain["model"].items():
+        assert torch.equal(tensor, ones["model"][name])
+    for mine, theirs in zip(plain["tensors"], ones["tensors"]):
+        assert torch.equal(mine, theirs)
+    rows = [[{k: v for k, v in r.items() if k != "seconds"} for r in log_rows(f / "bits")]
+            for f in (planted, planted / "ones")]
+    assert rows[0] == rows[1]
+
+
+def test_a_source_without_a_learned_token_in_the_batch_is_absent(planted):
+    """`sparse` has learned tokens at one place of its train split, which most batches miss."""
+    run("fastmix.py", *TINY, "--max_steps", 40, "--log_every", 1, "--sources", "text,sparse", "--target", "target",
+        "--out_dir", "absent", cwd=planted)
+    rows = log_rows(planted / "absent")
+    unseen = [r["alignment"]["sparse"] is None for r in rows]
+    assert 5 < sum(unseen[1:]) < 40
+    assert all(r["alignment"]["text"] is not None and math.isfinite(r["train_loss"]) for r in rows[1:])
+    first = unseen.index(False)  # until then the other source has nothing to be compared with
+    assert first > 1 and all(r["alpha"] == {"text": 0.5, "sparse": 0.5} for r in rows[:first])
+    assert rows[first]["alpha"] != rows[0]["alpha"]
+
+
+def test_init_from(planted):
+    """Weights only: the step counter, the optimizer and the mixture are new; the model's flags come from the file."""
+    small = [flag for flag in TINY if flag not in ("--n_layer", "--n_head", "--n_embd", "1", "2", "32")]
+    run("fastmix.py", *TINY, "--max_steps", 20, "--sources", "text", "--target", "text", "--out_dir", "base",
+        cwd=planted)
+    base = torch.load(planted / "base" / "ckpt.pt", weights_only=True)["model"]
+    flags = ["--init_from", "base/ckpt.pt", *small, "--sources", "answers,asks", "--target", "target", "--max_steps", 4]
+    stdout = run("fastmix.py", *flags, "--learning_rate", 0, "--min_lr", 0, "--learning_rate_mixture", 0,
+                 "--eval_accuracy", "--out_dir", "still", cwd=planted)
+    still = torch.load(planted / "still" / "ckpt.pt", weights_only=True)
+    assert all(torch.equal(t, base[n]) for n, t in still["model"].items())
+    result = json.loads((planted / "still" / "mixture.json").read_text())
+    assert result["before"] == result["targets"] and "before training" in stdout
+    assert list(result["mixture"].values()) == [0.5, 0.5]
+    run("fastmix.py", *flags, "--out_dir", "tuned", "--block_size", 32, cwd=planted)
+    run("fastmix.py", "--resume", "--out_dir", "tuned", cwd=planted)
+    result = json.loads((planted / "tuned" / "mixture.json").read_text())
+    assert result["before"]["target"]["test_loss"] != result["test_loss"] and result["settings"]["n_layer"] == 1
+
+    write_set(planted / "data" / "other", {s: markov(1, 900) for s in ("train", "val", "test")}, 65, tokenizer="gpt2")
+    (planted / "text.pt").write_text("no checkpoint")
+    torch.save({"model": base}, planted / "weights.pt")
+    torch.save({**torch.load(planted / "base" / "ckpt.pt", weights_only=True), "model": {"x": torch.ones(1)}},
+               planted / "strange.pt")
+    torch.save({"args": {}, "step": 1}, planted / "tuned" / "ckpt.pt")
+    cases = [
+        (["--n_layer", 3], "base/ckpt.pt has --n_layer 1, not 3; leave the flag out"),
+        (["--sources", "other", "--target", "other"], "trained with the tokenizer synthetic", "prepared with gpt2"),
+        (["--init_from", "gone.pt"], "gone.pt: no checkpoint there"),
+        (["--init_from", "text.pt"], "text.pt cannot be read as a checkpoint"),
+        (["--init_from", "weights.pt"], "weights.pt is not a checkpoint of this fastmix.py (it lacks args, config"),
+        (["--init_from", "strange.pt"], "strange.pt: its weights do not fit its settings"),
+    ]
+    with ThreadPoolExecutor(2) as pool:
+        lines = pool.map(lambda case: refused("fastmix.py", *flags, "--out_dir", "new", *case[0], cwd=planted), cases)
+        for (_, *parts), line in zip(cases, lines):
+            assert all(part in line for part in parts), line
+    assert "not a checkpoint of this fastmix.py" in refused("fastmix.py", "--resume", "--out_dir", "tuned", cwd=planted)
+
+
+def test_bad_masks(planted):
+    for name in ("short", "lost", "twos", "nothing"):
+        example_set(planted / "data" / name, 1, 2, n=60)
+    data = planted / "data"
+    (data / "lost" / "val.mask.bin").unlink()
+    mask = np.fromfile(data / "short" / "train.mask.bin", np.uint8)
+    mask[:-3].tofile(data / "short" / "train.mask.bin")
+    (mask * 2).tofile(data / "twos" / "train.mask.bin")
+    (mask * 0).tofile(data / "nothing" / "train.mask.bin")
+    cases = {"short": f"short/train.mask.bin: {len(mask) - 3} bytes, but meta.json says {len(mask)} tokens",
+             "lost": "lost/val.mask.bin: missing", "twos": "highest value 2", "nothing": "0 learned tokens"}
+    for name, part in cases.items():
+        line = refused("fastmix.py", *TINY, "--sources", f"text,{name}", "--out_dir", "new", cwd=planted)
+        assert part in line and "--overwrite" in line, line
+    line = refused("fastmix.py", *TINY, "--sources", "text,asks", "--block_size", 3, "--out_dir", "new", cwd=planted)
+    assert "asks/train: no example has a response within --block_size 3" in line
+
+
+def test_bad_examples(tmp_path):
+    good = [json.dumps({"prompt": f"p{i}", "response": f"r{i}"}) for i in range(150)]
+    cases = {
+        "empty": ('{"prompt": "x", "response": " "}', "empty.jsonl, line 120: the response under 'response' is empty"),
+        "type": ('{"prompt": "x", "response": 5}', "type.jsonl, line 120: no text under the key 'response'"),
+        "text": ('{"text": "plain"}', "text.jsonl, line 120: it is of the schema text", "prompt/response; prepare"),
+        "chat": ('{"messages": [{"role": "assistant", "content": "x"}]}', "chat.jsonl, line 120: it is of the schema"),
+        "mute": ('{"messages": [{"role": "user", "content": "x"}]}', "mute.jsonl, line 120", "no assistant turn"),
+        "turn": ('{"messages": [{"role": "assistant", "content": ""}]}', "line 120: the assistant's turn 1", "is empty"),
+        "turns": ('{"messages": "hello"}', "turns.jsonl, line 120: 'messages' must be a list"),
+    }
+    for name, (line, *_) in cases.items():
+        (tmp_path / f"{name}.jsonl").write_text("\n".join([*good[:119], line, *good[119:]]))
+    (tmp_path / "good.jsonl").write_text("\n".join(good))
+    (tmp_path / "z.txt").write_text("plain text")
+    flags = {"files": (["x=*.[jt][sx]*"], "z.txt is plain text, but the set began with the schema prompt/response"),
+             "half": (["x=good.jsonl", "--prompt_key", "p"], "--prompt_key and --response_key go together"),
+             "keys": (["x=good.jsonl", "--prompt_key", "p", "--response_key", "r"], "good.jsonl, line 1: no text under "
+                      "the key 'p' (found: prompt, response)")}
+    lines = {n: refused("prepare_data.py", f"x={n}.jsonl", cwd=tmp_path) for n in cases}
+    for name in cases:
+        (tmp_path / f"{name}.jsonl").unlink()
+    lines |= {n: refused("prepare_data.py", *args, cwd=tmp_path) for n, (args, _) in flags.items()}
+    for name, (_, *parts) in (cases | flags).items():
+        assert all(part in lines[name] for part in parts), lines[name]
