@@ -14,8 +14,8 @@ gradient of the target loss one inner step ahead, w' = w - eta sum_k alpha_k g_k
     (2) alignment A_k = <g_val, g_k>, taken at the LM head, from the pass that trains     -> head_pass()
     (3) mixture   dL_val(w')/dz_k = -eta alpha_k (A_k - sum_j alpha_j A_j)                 -> mixture_gradient()
 
-Where a set has a mask (instruction data), every mean, of a loss as of an alignment, is over the learned tokens only,
-and a source counts in (3) by its share of these: beta_k in sampling().
+Where a set has a mask (instruction data), every mean, of a loss as of an alignment, is over the learned tokens only;
+what that makes of the formulas is said in sampling() and mixture_gradient().
 
     python prepare_data.py && python fastmix.py                  search on the sample set, minutes on a 2-core CPU
     python fastmix.py --mixture out/mixture.json --out_dir out-found       train at the mixture that was found
@@ -378,28 +378,34 @@ def batch_loss(model, head, x, y, r, n_tokens, G_val=None):
 
 def sampling(alpha, density, uniform_share):
     """
-    Formula (1), all (K,): the probability q_k of drawing a sequence from source k, the weight of its tokens, and the
-    share beta_k of source k in the loss. alpha_k is a share of tokens, of which density_k are learned, so the mean loss
-    over the learned tokens of a stream mixed by alpha is sum_k beta_k L_k with beta_k in proportion to
-    alpha_k density_k. For text, beta = alpha and the weights are alpha_k / q_k.
+    Formula (1): the probability q_k of drawing a sequence from source k, and the weight of its tokens, both (K,).
+    alpha_k is a share of tokens, of which density_k are learned, so the mean loss over the learned tokens of a stream
+    mixed by alpha is sum_k beta_k L_k, beta_k in proportion to alpha_k density_k. For text the weight is alpha_k / q_k.
     """
     q = (1 - uniform_share) * alpha + uniform_share / len(alpha)
-    learned = (alpha * density).sum()  # per token of the stream
-    return q, alpha / (q * learned), alpha * density / learned  # 0 / 0 where a source is neither wanted nor drawn
+    return q, alpha / (q * (alpha * density).sum())  # 0 / 0 where a source is neither wanted nor drawn
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the mixture
 
-def mixture_gradient(beta, alignment, present, eta=1.0):
+def mixture_gradient(alpha, alignment, present, eta=1.0, density=1.0):
     """
-    Gradient on z of L_val(w - eta sum_k beta_k g_k), beta_k in proportion to density_k exp(z_k), to first order in eta:
-    formula (3). beta (for text the mixture alpha = softmax(z)), alignment and present (a mask) are (K,). A source
-    absent from the batch has no alignment: it stays out of the centring and gets 0, for a missing measurement is no
-    evidence.
+    Gradient on z of L_val(w - eta sum_k alpha_k g_k), alpha = softmax(z), to first order in eta: formula (3). alpha,
+    alignment and present (a mask) are (K,). A source absent from the batch has no alignment: it stays out of the
+    centring and gets 0, for a missing measurement is no evidence.
+
+    density (K,) is the learned share of each source's tokens. Where they differ the loss is sum_k beta_k L_k (see
+    sampling()), and a batch of n tokens learns from n M of them, M = sum_k alpha_k density_k. The step is then taken as
+    eta sqrt(M) sum_k beta_k g_k: AdamW divides by the gradient's noise, which falls with the root of that number. So
+    the mixture also leans to sources that teach more per token; without it, long prompts are taken to be free.
     """
-    share = beta * present / (beta * present).sum()  # among the sources present
-    return torch.where(present, -eta * beta * (alignment - (share * torch.where(present, alignment, 0)).sum()), 0.0)
+    def share(weight):  # among the sources present
+        return weight * present / (weight * present).sum()
+    alpha_, beta = share(alpha), share(alpha * density)
+    alignment = torch.where(present, alignment, 0.0)
+    mean = (beta * alignment).sum()
+    return -eta * (alpha * present).sum() * (beta * (alignment - mean) + 0.5 * mean * (beta - alpha_))
 
 
 def entropy_gradient(alpha, present):
@@ -792,7 +798,7 @@ def main():
 
         # ---- inner step: weighted loss of sequences drawn from q
         alpha = alpha_at(step)
-        q, weights, beta = sampling(alpha, density, args.uniform_share)  # each (K,)
+        q, weights = sampling(alpha, density, args.uniform_share)  # (K,), (K,)
         u = uniform_numbers(args.batch_size * args.grad_accum + 1, train_rng)
         source = draw(q.cpu().double().numpy(), u)  # (B * grad_accum,)
         X, Y = gather(sources, "train", source, u[1:])
@@ -821,7 +827,8 @@ def main():
         if outer:
             present = seen[1] > 0
             A = torch.where(present, seen[0] / seen[1], 0.0)  # (K,)
-            gradient = mixture_gradient(beta, A, present) + args.entropy * entropy_gradient(alpha, present)
+            gradient = mixture_gradient(alpha, A, present, density=density)
+            gradient += args.entropy * entropy_gradient(alpha, present)
             mixture_step(z, moments, gradient, present, args.learning_rate_mixture)
             meter[2] += A
             meter[3] += present

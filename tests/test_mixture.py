@@ -67,8 +67,8 @@ def test_expected_gradient_is_the_mixtures(eps, unlearned):
     sets = [Windows(k, T, V, unlearned[k]) for k in range(K)]
     alpha = torch.tensor([0.62, 0.27, 0.11], dtype=torch.float64)
     density = torch.tensor([s.density for s in sets], dtype=torch.float64)
-    q, weights, beta = sampling(alpha, density, eps)
-    torch.testing.assert_close(beta, alpha * density / (alpha * density).sum())
+    q, weights = sampling(alpha, density, eps)
+    beta = alpha * density / (alpha * density).sum()
     torch.testing.assert_close(q, (1 - eps) * alpha + eps / K)
     if eps == 0:  # sampling by the mixture: all learned tokens weigh the same
         torch.testing.assert_close(weights, weights[:1].expand(K))
@@ -93,7 +93,10 @@ def test_expected_gradient_is_the_mixtures(eps, unlearned):
 
 @pytest.mark.parametrize("density", [[1.0, 1.0, 1.0, 1.0], [1.0, 0.6, 0.1, 0.4]])
 def test_gradient_on_z_equals_difference_of_the_look_ahead(density):
-    """Formula (3) against a central difference of L_val(W - eta sum_k beta_k(z) g_k) over z, W the head."""
+    """
+    Formula (3) against a central difference of L_val(W - eta sqrt(M / M_0) sum_k beta_k(z) g_k) over z, W the head; for
+    text M, the learned part of a batch, is 1 and beta is alpha.
+    """
     K, N, V, C, eta, step = 4, 30, 11, 5, 1e-5, 1e-4
     g = torch.Generator().manual_seed(3)
     weight = torch.randn(V, C, generator=g, dtype=torch.float64)
@@ -104,16 +107,17 @@ def test_gradient_on_z_equals_difference_of_the_look_ahead(density):
     A = torch.stack([fused_cross_entropy(hidden[k], weight, targets[k], G_val=G[-1])[2].mean() for k in range(K)])
     z, density = torch.randn(K, generator=g, dtype=torch.float64), torch.tensor(density, dtype=torch.float64)
 
-    def beta(z):
-        return sampling(torch.softmax(z, 0), density, 0.25)[2]
-
     def look_ahead(z):
-        ahead = weight - eta * sum(b * g_k for b, g_k in zip(beta(z), G))
+        learned, learned_0 = torch.softmax(z, 0) * density, (torch.softmax(z_0, 0) * density).sum()
+        root = (learned.sum() / learned_0).sqrt()
+        ahead = weight - eta * root * sum(b * g_k for b, g_k in zip(learned / learned.sum(), G))
         return F.cross_entropy(hidden[-1] @ ahead.T, targets[-1])
+    z_0 = z
     difference = torch.stack([(look_ahead(z + d) - look_ahead(z - d)) / (2 * step)
                               for d in step * torch.eye(K, dtype=torch.float64)])
-    got = mixture_gradient(beta(z), A, torch.ones(K, dtype=torch.bool), eta)
+    got = mixture_gradient(torch.softmax(z, 0), A, torch.ones(K, dtype=torch.bool), eta, density)
     torch.testing.assert_close(got, difference, rtol=1e-3, atol=1e-10)
+    torch.testing.assert_close(got.sum(), torch.zeros((), dtype=torch.float64), rtol=0, atol=1e-15)
 
 
 def test_entropy_term_is_its_gradient_and_raises_entropy():
