@@ -15,10 +15,11 @@ gradient of the target loss one inner step ahead, w' = w - eta sum_k alpha_k g_k
     (3) mixture   dL_val(w')/dz_k = -eta alpha_k (A_k - sum_j alpha_j A_j)                 -> mixture_gradient()
 
 Where a set has a mask (instruction data), every mean, of a loss as of an alignment, is over the learned tokens only;
-what that makes of the formulas is said in sampling() and mixture_gradient().
+what that makes of the formulas is said in loss_weights() and mixture_gradient().
 
     python prepare_data.py && python fastmix.py                  search on the sample set, minutes on a 2-core CPU
     python fastmix.py --mixture out/mixture.json --out_dir out-found       train at the mixture that was found
+    torchrun --nproc_per_node 8 fastmix.py --batch_size 64       several devices, sharing each batch
     python fastmix.py --init_from out/ckpt.pt --sources qa,chat --target task --out_dir out-tuned     post-training
 
 Paper: "FastMix: Fast Data Mixture Optimization via Gradient Descent", Tan et al., ICLR 2026, arXiv 2606.14971.
@@ -35,6 +36,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
 from model import GPT, GPTConfig
@@ -46,7 +48,8 @@ SAMPLE_SOURCES, SAMPLE_TARGET = "python,cpp,prose,math,legal,noise", "numpy"
 
 def fail(message):
     """Ends the program with one line on stderr and exit status 2."""
-    print(f"error: {message}", file=sys.stderr)
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
 
 
@@ -295,7 +298,9 @@ def head_pass(hidden, weight, targets, coef=None, G_val=None, grad_hidden=False,
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     wide = torch.promote_types(dtype, torch.float32)  # softmax and sums; bfloat16 has 8 bits, too few to add up in
-    chunk = chunk or max(64, 2**24 // V)  # 64 MB of float32 logits: small beside any model, large enough for BLAS
+    # a chunk's logits are as many numbers as the hidden states and the head, which are in memory anyway: the peak is
+    # then set by the model and not by N x V, and the matmuls are as large as that allows
+    chunk = chunk or max(64, (N + V) * hidden.shape[1] // V)
     W, G = weight.to(dtype), None if G_val is None else G_val.to(dtype)
     token_loss = torch.empty(N, dtype=wide, device=hidden.device)
     alignment = torch.empty_like(token_loss) if G is not None else None
@@ -357,11 +362,14 @@ def fused_cross_entropy(hidden, weight, targets, r=None, G_val=None, chunk=None,
 
 
 @torch.no_grad()
-def target_gradient(model, weight, x, y):
-    """G_val (V, C): mean over a target batch's learned tokens of (p_t - y_t) h_t^T. One forward pass, no autograd."""
+def target_gradient(model, weight, x, y, n_learned):
+    """
+    G_val (V, C), the mean over a target batch's n_learned learned tokens of (p_t - y_t) h_t^T, or the part of it that
+    the sequences x, y (B, T) contribute. One forward pass, no autograd.
+    """
     hidden = model(x).flatten(0, 1)
     learned = (y.flatten() != IGNORE).to(torch.float32)
-    return head_pass(hidden, weight, y.flatten(), learned / learned.sum(), grad_weight=True)[3]
+    return head_pass(hidden, weight, y.flatten(), learned / n_learned, grad_weight=True)[3]
 
 
 def batch_loss(model, head, x, y, r, n_tokens, G_val=None):
@@ -376,14 +384,14 @@ def batch_loss(model, head, x, y, r, n_tokens, G_val=None):
     return loss, token_loss.view_as(y), None if G_val is None else alignment.view_as(y)
 
 
-def sampling(alpha, density, uniform_share):
+def loss_weights(alpha, q, density):
     """
-    Formula (1): the probability q_k of drawing a sequence from source k, and the weight of its tokens, both (K,).
-    alpha_k is a share of tokens, of which density_k are learned, so the mean loss over the learned tokens of a stream
-    mixed by alpha is sum_k beta_k L_k, beta_k in proportion to alpha_k density_k. For text the weight is alpha_k / q_k.
+    Formula (1): the weight (K,) of source k's tokens when sequences are drawn with probabilities q (K,), any q that is
+    nowhere 0 where alpha is not. alpha_k is a share of tokens, of which density_k are learned, so the mean loss over
+    the learned tokens of a stream mixed by alpha is sum_k beta_k L_k, beta_k in proportion to alpha_k density_k. For
+    text the weight is alpha_k / q_k. It is 0 / 0, and not used, where a source is neither wanted nor drawn.
     """
-    q = (1 - uniform_share) * alpha + uniform_share / len(alpha)
-    return q, alpha / (q * (alpha * density).sum())  # 0 / 0 where a source is neither wanted nor drawn
+    return alpha / (q * (alpha * density).sum())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -396,9 +404,9 @@ def mixture_gradient(alpha, alignment, present, eta=1.0, density=1.0):
     centring and gets 0, for a missing measurement is no evidence.
 
     density (K,) is the learned share of each source's tokens. Where they differ the loss is sum_k beta_k L_k (see
-    sampling()), and a batch of n tokens learns from n M of them, M = sum_k alpha_k density_k. The step is then taken as
-    eta sqrt(M) sum_k beta_k g_k: AdamW divides by the gradient's noise, which falls with the root of that number. So
-    the mixture also leans to sources that teach more per token; without it, long prompts are taken to be free.
+    loss_weights()), and a batch of n tokens learns from n M of them, M = sum_k alpha_k density_k. The step is then taken
+    as eta sqrt(M) sum_k beta_k g_k: AdamW divides by the gradient's noise, which falls with the root of that number.
+    So the mixture also leans to sources that teach more per token; without it, long prompts are taken to be free.
     """
     def share(weight):  # among the sources present
         return weight * present / (weight * present).sum()
@@ -590,6 +598,16 @@ def main():
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     elif not {"cuda": torch.cuda, "mps": torch.backends.mps, "cpu": torch.cpu}[device].is_available():
         fail(f"--device {device}: torch {torch.__version__} finds none here; use --device auto")
+    # torchrun starts `world` processes. They share each batch, and hold the same weights and the same mixture
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    say = print if rank == 0 else lambda *_, **__: None
+    if world > 1:
+        if args.batch_size % world or args.target_batch_size < world:
+            fail(f"{world} processes share a batch: --batch_size {args.batch_size} must be a multiple of {world}, and "
+                 f"--target_batch_size {args.target_batch_size} at least that")
+        if device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if device == "cuda" else "gloo")
     dtype = args.dtype if args.dtype != "auto" else "bfloat16" if device == "cuda" else "float32"
     autocast = torch.autocast(device, torch.bfloat16) if dtype == "bfloat16" else contextlib.nullcontext()
     torch.set_float32_matmul_precision("high")  # TF32 on CUDA
@@ -640,21 +658,25 @@ def main():
         except (RuntimeError, TypeError, AttributeError):
             fail(f"{args.init_from if init else out / 'ckpt.pt'}: its weights do not fit its settings; it was not "
                  "written by this fastmix.py")
+    # for training only: its backward pass averages the gradients over the processes
+    shared = torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False) if world > 1 else model
     optimizer = net.configure_optimizer(args.learning_rate, args.weight_decay, (0.9, 0.95), fused=device != "mps")
 
     # all state of the loop; what a checkpoint holds
     train_rng, target_rng = torch.Generator().manual_seed(args.seed), torch.Generator().manual_seed(args.seed + 1)
     start, seconds = 0, 0.0
     z, moments = torch.zeros(K, device=device), torch.zeros(3, K, device=device)  # mixture logits and their Adam
-    alpha_sum, alpha_sum_half = torch.zeros(2, K, dtype=torch.float64)  # over all steps, over the last half
+    wide = torch.float32 if device == "mps" else torch.float64
+    alpha_sum, alpha_sum_half = torch.zeros(2, K, dtype=wide, device=device)  # over all steps, over the last half
     drawn = torch.zeros(K, dtype=torch.int64)  # tokens seen of each source
     meter = torch.zeros(4, K, device=device)  # since the last line: loss sum, tokens, alignment sum, outer steps
+    known = torch.full((K,), 1 / K)  # the mixture that sequences are drawn by: the host's copy, one step old
     density = torch.tensor([s.density for s in sources], device=device)  # (K,) learned tokens per token drawn
     losses = []  # of each step since the last line
     before = {}  # test results of --init_from
     if ckpt:
         optimizer.load_state_dict(ckpt["optimizer"])
-        for mine, stored in zip((z, moments, alpha_sum, alpha_sum_half, drawn, meter), ckpt["tensors"]):
+        for mine, stored in zip((z, moments, alpha_sum, alpha_sum_half, drawn, meter, known), ckpt["tensors"]):
             mine.copy_(stored)
         train_rng.set_state(ckpt["train_rng"])
         target_rng.set_state(ckpt["target_rng"])
@@ -662,39 +684,43 @@ def main():
         before = ckpt["before"]
 
     def save_checkpoint(step):
+        if rank > 0:
+            return
         state = {"model": net.state_dict(), "optimizer": optimizer.state_dict(), "args": vars(args), "step": step,
-                 "seconds": seconds, "tensors": [z, moments, alpha_sum, alpha_sum_half, drawn, meter],
+                 "seconds": seconds, "tensors": [z, moments, alpha_sum, alpha_sum_half, drawn, meter, known],
                  "losses": torch.stack(losses) if losses else torch.zeros(0), "train_rng": train_rng.get_state(),
                  "target_rng": target_rng.get_state(), "schedule": schedule, "digests": digests,
                  "config": vars(net.config), "tokenizer": tokenizer, "before": before}
         save_atomically(out / "ckpt.pt", lambda f: torch.save(state, f))
 
+    if world > 1:
+        dist.barrier()  # all have looked at out_dir before it is written to
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        if args.overwrite:
-            for f in held:
-                (out / f).unlink()
-        rows = (out / "log.jsonl").read_text().splitlines(keepends=True) if ckpt else []
+        rows = (out / "log.jsonl").read_text().splitlines(keepends=True) if ckpt and rank == 0 else []
         rows = [r for r in rows if r.endswith("\n") and json.loads(r)["step"] <= start]  # cut back to the checkpoint
-        save_atomically(out / "log.jsonl", lambda f: f.write("".join(rows).encode()))
-        log = open(out / "log.jsonl", "a")
+        if rank == 0:
+            out.mkdir(parents=True, exist_ok=True)
+            for f in held if args.overwrite else []:
+                (out / f).unlink()
+            save_atomically(out / "log.jsonl", lambda f: f.write("".join(rows).encode()))
+        log = open(out / "log.jsonl" if rank == 0 else os.devnull, "a")
     except OSError as error:
         fail(f"cannot write to {out}/: {error.strerror}")
     tokens_per_step = args.batch_size * args.grad_accum * args.block_size
-    print(f"{net.num_params():,} parameters, {tokens_per_step:,} tokens a step, {device}, {dtype}")
-    print(f"sources {', '.join(names)}; target {', '.join(target_names)}"
+    say(f"{net.num_params():,} parameters, {tokens_per_step:,} tokens a step, {device}, {dtype}")
+    say(f"sources {', '.join(names)}; target {', '.join(target_names)}"
           + f"{note}; {'searching' if searching else f'mixture {args.mixture}'}")
     for s in loaded.values():
         if s.cut[1]:
-            print(f"{s.name}: of {s.cut[0]:,} examples {s.cut[1]:,} are longer than --block_size {args.block_size} and "
+            say(f"{s.name}: of {s.cut[0]:,} examples {s.cut[1]:,} are longer than --block_size {args.block_size} and "
                   f"lose their end; {s.cut[2]:,} of these have a prompt as long and are left out")
 
-    stop = []  # the first Ctrl-C or SIGTERM ends the run after the step, the second at once
+    stop = []  # the first Ctrl-C or SIGTERM ends the run after the step, the second at once; processes would not agree
 
     def ask_to_stop(number, _):
         stop.append(number)
         signal.signal(number, signal.SIG_DFL)
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM) if world == 1 else ():
         signal.signal(number, ask_to_stop)
 
     def test_results():
@@ -724,14 +750,20 @@ def main():
 
     def report(results, when):
         for name, r in results.items():
-            print(f"target {name}{when}: test loss {r['test_loss']:.4f} nats a "
+            say(f"target {name}{when}: test loss {r['test_loss']:.4f} nats a "
                   f"{'learned ' if loaded[name].masks else ''}token, {r['test_bits_per_byte']:.4f} bits a byte"
                   + (f", {r['accuracy']:.1%} of {r['answers']:,} short answers right" if "accuracy" in r else ""))
 
     if init:
         before = test_results()
         report(before, " before training")
-    member_of = torch.arange(K, device=device)[:, None]
+    def to_device(*tensors):  # from pinned memory, so that the copies do not make the host wait for the GPU
+        if device == "cuda":
+            return [t.pin_memory().to(device, non_blocking=True) for t in tensors]
+        return [t.to(device) for t in tensors]
+
+    copied = torch.cuda.Event() if device == "cuda" else None
+    member_of, n_sequences = torch.arange(K, device=device)[:, None], args.batch_size * args.grad_accum
     clock, line_seconds, line_step = time.time(), seconds, start
     val_loss, step = math.nan, start
     while True:
@@ -770,19 +802,19 @@ def main():
                 fail(f"cannot write {out}/log.jsonl: {error.strerror}; make room and go on with --resume")
             rate = (step - line_step) / max(seconds - line_seconds, 1e-9)
             eta = (args.max_steps - step) / rate if rate else 0
-            print(f"step {step:5d} {100 * step / args.max_steps:3.0f}% | "
+            say(f"step {step:5d} {100 * step / args.max_steps:3.0f}% | "
                   + (f"train {train_loss:.3f} | " if rate else "") + f"target {val_loss:.3f} | "
                   + (f"{rate * tokens_per_step:,.0f} tok/s | {eta:.0f} s left | " if rate else "")
                   + bars(names, alpha), flush=True)
             if args.source_losses:
-                print("      " + "  ".join(f"{n} {v:.3f}" for n, v in zip(names, source_loss.tolist())))
+                say("      " + "  ".join(f"{n} {v:.3f}" for n, v in zip(names, source_loss.tolist())))
             meter.zero_()
             losses = []
             line_seconds, line_step = seconds, step
         if stop or (evaluating and step > 0):
             save_checkpoint(step)
         if stop and not last:
-            print(f"stopped at step {step}; go on with: python fastmix.py --resume --out_dir {out}")
+            say(f"stopped at step {step}; go on with: python fastmix.py --resume --out_dir {out}")
             sys.exit(130)
         if last:
             break
@@ -794,30 +826,46 @@ def main():
             u = uniform_numbers(args.target_batch_size + 1, target_rng)
             x, y = gather(targets, "val", draw(np.ones(len(targets)), u), u[1:])
             with autocast:
-                G_val = target_gradient(model, head, x.to(device), y.to(device))
+                G_val = target_gradient(model, head, *to_device(x[rank::world], y[rank::world]), (y != IGNORE).sum())
+            if world > 1:
+                dist.all_reduce(G_val)
 
         # ---- inner step: weighted loss of sequences drawn from q
-        alpha = alpha_at(step)
-        q, weights = sampling(alpha, density, args.uniform_share)  # (K,), (K,)
-        u = uniform_numbers(args.batch_size * args.grad_accum + 1, train_rng)
-        source = draw(q.cpu().double().numpy(), u)  # (B * grad_accum,)
-        X, Y = gather(sources, "train", source, u[1:])
+        alpha = alpha_at(step)  # (K,)
+        if copied:
+            copied.synchronize()  # the host reads the last step's copy, and so is never more than a step ahead
+        if not searching:
+            known = alpha.cpu()
+        q = (1 - args.uniform_share) * known.double() + args.uniform_share / K  # (K,) on the host
+        u = uniform_numbers(n_sequences + 1, train_rng)
+        source = draw(q.numpy(), u)  # (n_sequences,)
+        mine = source[rank::world]
+        X, Y, S, q = to_device(*gather(sources, "train", mine, u[1:][rank::world]), torch.from_numpy(mine), q.float())
+        weights = loss_weights(alpha, q, density)  # (K,)
+        known = alpha.to("cpu", non_blocking=device == "cuda")
+        if copied:
+            copied.record()
         lr = learning_rate_at(step, args)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        seen = torch.zeros(2, K, device=device)  # of this step: sum of alignments, learned tokens
+        seen = torch.zeros(3, K, device=device)  # of this step: sums of losses and alignments, learned tokens
         step_loss = torch.zeros((), device=device)
         for micro in range(args.grad_accum):  # every grad_accum-th sequence, so that each holds all sources
-            x, y, k = (t[micro::args.grad_accum].to(device) for t in (X, Y, torch.from_numpy(source)))
+            x, y, k = (t[micro::args.grad_accum] for t in (X, Y, S))
+            last_micro = micro == args.grad_accum - 1
             with autocast:
-                loss, token_loss, alignment = batch_loss(model, head, x, y, weights[k], Y.numel(), G_val)
-            loss.backward()
+                loss, token_loss, alignment = batch_loss(shared, head, x, y, weights[k], n_sequences * args.block_size,
+                                                         G_val)
+            with contextlib.nullcontext() if world == 1 or last_micro else shared.no_sync():
+                (loss * world).backward()
             member = (k == member_of).float()  # (K, B) one-hot: a matmul adds up by source, in a fixed order
-            seen[1] += member @ (y != IGNORE).float().sum(1)
-            meter[0] += member @ token_loss.sum(1)
-            if outer:
-                seen[0] += member @ alignment.sum(1)
+            seen[0] += member @ token_loss.sum(1)
+            seen[1] += member @ alignment.sum(1) if outer else 0.0
+            seen[2] += member @ (y != IGNORE).float().sum(1)
             step_loss += loss.detach()
+        if world > 1:
+            dist.all_reduce(seen)
+            dist.all_reduce(step_loss)
         if args.grad_clip:
             torch.nn.utils.clip_grad_norm_(net.parameters(), args.grad_clip)
         optimizer.step()
@@ -825,21 +873,20 @@ def main():
 
         # ---- outer step, second half: move the mixture. Adam cancels eta, so it is left at 1
         if outer:
-            present = seen[1] > 0
-            A = torch.where(present, seen[0] / seen[1], 0.0)  # (K,)
+            present = seen[2] > 0
+            A = torch.where(present, seen[1] / seen[2], 0.0)  # (K,)
             gradient = mixture_gradient(alpha, A, present, density=density)
             gradient += args.entropy * entropy_gradient(alpha, present)
             mixture_step(z, moments, gradient, present, args.learning_rate_mixture)
             meter[2] += A
             meter[3] += present
 
-        meter[1] += seen[1]
+        meter[:2] += seen[[0, 2]]
         losses.append(step_loss)
         drawn += torch.from_numpy(np.bincount(source, minlength=K)) * args.block_size
-        used = alpha.cpu().double()
-        alpha_sum += used
+        alpha_sum += alpha
         if step >= args.max_steps // 2:
-            alpha_sum_half += used
+            alpha_sum_half += alpha
         step += 1
 
     # ---- results
@@ -847,19 +894,19 @@ def main():
         final_loss = [evaluate(model, head, s, "val", args.eval_tokens, args.batch_size, device) for s in sources]
     test = test_results()
     test_loss, bits = (float(np.mean([t[key] for t in test.values()])) for key in ("test_loss", "test_bits_per_byte"))
-    mixtures = {"last": alpha_at(step).cpu().double(), "last_half_average": alpha_sum_half, "run_average": alpha_sum}
-    mixtures = {n: (m / m.sum()).tolist() for n, m in mixtures.items()}
+    mixtures = {"last": alpha_at(step), "last_half_average": alpha_sum_half, "run_average": alpha_sum}
+    mixtures = {n: (m.cpu().double() / m.cpu().double().sum()).tolist() for n, m in mixtures.items()}
     final, tokens = mixtures["last_half_average"], step * tokens_per_step
     first = [1 / K] * K if searching else schedule[1][0].tolist()
 
-    print(f"\n{'source':12s} {'tokens':>12s} {'start':>7s} {'final':>7s} {'epochs':>7s} {'val loss':>9s}")
+    say(f"\n{'source':12s} {'tokens':>12s} {'start':>7s} {'final':>7s} {'epochs':>7s} {'val loss':>9s}")
     for k, name in enumerate(names):
-        print(f"{name:12s} {available[k]:12,d} {first[k]:7.3f} {final[k]:7.3f} "
+        say(f"{name:12s} {available[k]:12,d} {first[k]:7.3f} {final[k]:7.3f} "
               f"{final[k] * tokens / available[k]:7.2f} {final_loss[k]:9.3f}")
-    print(f"final: average of the last half; epochs: of {tokens:,} tokens drawn by it; loss: nats a token")
+    say(f"final: average of the last half; epochs: of {tokens:,} tokens drawn by it; loss: nats a token")
     report(test, "")
     if len(test) > 1:
-        print(f"mean of the targets: test loss {test_loss:.4f} nats a token, {bits:.4f} bits a byte")
+        say(f"mean of the targets: test loss {test_loss:.4f} nats a token, {bits:.4f} bits a byte")
 
     result = {
         "mixture": dict(zip(names, final)), "recommended": "last_half_average", "unit": "tokens",
@@ -870,8 +917,11 @@ def main():
                         "epochs": drawn[k].item() / available[k], "val_loss": final_loss[k]}
                     for k, n in enumerate(names)},
         "seconds": round(seconds, 1), "torch": torch.__version__, "settings": vars(args)}
-    save_atomically(out / "mixture.json", lambda f: f.write((json.dumps(result, indent=1) + "\n").encode()))
-    print(f"wrote {out}/mixture.json, log.jsonl and ckpt.pt; draw them with: python plot_mixture.py {out}")
+    if rank == 0:
+        save_atomically(out / "mixture.json", lambda f: f.write((json.dumps(result, indent=1) + "\n").encode()))
+    if world > 1:
+        dist.destroy_process_group()
+    say(f"wrote {out}/mixture.json, log.jsonl and ckpt.pt; draw them with: python plot_mixture.py {out}")
 
 
 if __name__ == "__main__":

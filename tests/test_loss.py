@@ -119,7 +119,7 @@ def test_alignments_of_sources_equal_explicit_backward_passes():
     target_x, target_y = torch.randint(0, V, (2, 4, T))
     source = torch.tensor([0, 0, 1, 1, 1, 2, 2])
     r = torch.rand(B).double() + 0.5
-    G_val = target_gradient(model, head, target_x, target_y)
+    G_val = target_gradient(model, head, target_x, target_y, target_y.numel())
     assert head.grad is None and not G_val.requires_grad
 
     def head_gradient(x, y):
