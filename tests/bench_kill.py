@@ -1,0 +1,89 @@
+"""
+kill -9 at random moments: every run, resumed as often as it takes, ends where the undisturbed one does, bit for bit.
+
+    python tests/bench_kill.py              30 runs
+    python tests/bench_kill.py --runs 100 --seed 7
+
+Prints how many runs were killed how often, and at which steps; exit status 1 if any result differs.
+"""
+import argparse
+import json
+import random
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from conftest import TINY, chain_set, run, start  # noqa: E402
+
+FLAGS = [*TINY, "--sources", "a,b", "--target", "target", "--max_steps", 60, "--eval_every", 5, "--log_every", 1]
+
+
+def result(out):
+    """All of a run's files, without times: log rows, mixture and every tensor of the checkpoint."""
+    ckpt = torch.load(out / "ckpt.pt", weights_only=True)
+    mixture = json.loads((out / "mixture.json").read_text())
+    rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    for d in (mixture, *rows):
+        d.pop("seconds")
+    mixture.pop("settings")
+    moments = [t for s in ckpt["optimizer"]["state"].values() for t in s.values()]
+    return rows, mixture, [*ckpt["model"].values(), *ckpt["tensors"], *moments, ckpt["train_rng"], ckpt["target_rng"]]
+
+
+def same(a, b):
+    return a[:2] == b[:2] and all(torch.equal(s, t) for s, t in zip(a[2], b[2], strict=True))
+
+
+def kill_loop(folder, runs, seed, say=print):
+    """Returns [(steps at which a run was killed)] of each run, None where its result differs."""
+    rng = random.Random(seed)
+    for i, name in enumerate(("a", "b", "target")):
+        chain_set(folder / "data" / name, i)
+    began = time.time()
+    run("fastmix.py", *FLAGS, "--out_dir", "undisturbed", cwd=folder)
+    longest = time.time() - began
+    reference = result(folder / "undisturbed")
+    found = []
+    for i in range(runs):
+        out, killed = folder / f"run-{i}", []
+        while True:
+            flags = ["--resume"] if (out / "ckpt.pt").exists() else [*FLAGS, "--overwrite"]
+            process = start("fastmix.py", *flags, "--out_dir", out, cwd=folder)
+            try:  # most of a run is its start, where a kill finds nothing to spoil: aim at the rest
+                process.communicate(timeout=longest * rng.uniform(0.3, 1.3) if len(killed) < 4 else 600)
+                assert process.returncode == 0, process.returncode
+                break
+            except Exception as error:
+                if type(error).__name__ != "TimeoutExpired":
+                    raise
+                process.kill()
+                process.communicate()
+                lines = (out / "log.jsonl").read_text().splitlines() if (out / "log.jsonl").exists() else []
+                killed.append(len(lines) - 1)
+                for path in (out / "ckpt.pt", out / "mixture.json"):  # whole, or not there
+                    if path.exists():
+                        torch.load(path, weights_only=True) if path.suffix == ".pt" else json.loads(path.read_text())
+        found.append(killed if same(result(out), reference) else None)
+        say(f"run {i + 1}: killed {len(killed)} times, at steps {killed}: "
+            f"{'DIFFERS' if found[-1] is None else 'the same, bit for bit'}", flush=True)
+    return found
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--runs", type=int, default=30)
+    p.add_argument("--seed", type=int, default=1)
+    args = p.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        found = kill_loop(Path(folder), args.runs, args.seed)
+    good = [k for k in found if k is not None]
+    print(f"{len(good)} of {len(found)} runs, killed {sum(map(len, good))} times in all, ended as the undisturbed one")
+    sys.exit(len(good) < len(found))
+
+
+if __name__ == "__main__":
+    main()

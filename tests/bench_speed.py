@@ -1,0 +1,234 @@
+"""
+Speed and memory of whole training runs: fastmix.py itself against a plain loop and against K + 1 passes an outer step.
+
+    python tests/bench_speed.py                     V = 257 and 50304, K = 4, 16 and 64: about 20 minutes on 2 CPU cores
+    python tests/bench_speed.py --vocab_sizes 257 --rounds 9
+    python tests/bench_speed.py --device cuda --dtype bfloat16 --compile --n_layer 12 --n_head 12 --n_embd 768 \\
+        --block_size 1024 --batch_size 32 --vocab_sizes 50304
+
+Time: all variants take turns in one process, round after round. A variant's turn warms up and then times its steps; a
+ratio is the median over the rounds of the ratio within a round. fastmix.py runs as it is, through its own main(), on
+synthetic token files, and its time is read from its log, evaluation left out. Memory: each variant in a process of its
+own, its peak above what it held before the model was built (CUDA: the allocator's peak).
+"""
+import argparse
+import contextlib
+import io
+import json
+import math
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import fastmix  # noqa: E402
+from bench_loss import resident  # noqa: E402
+from model import GPT, GPTConfig  # noqa: E402
+
+KS = (4, 16, 64)
+
+
+def write_sets(folder, K, vocab_size, n_tokens=200_000):
+    """K sources of random tokens: what is in them does not matter to the clock."""
+    for k in range(K):
+        path = Path(folder, f"s{k}")
+        path.mkdir()
+        ids = np.random.default_rng(k).integers(0, vocab_size, n_tokens).astype(np.uint16)
+        counts = {}
+        for split in ("train", "val", "test"):
+            ids.tofile(path / f"{split}.bin")
+            counts[split] = {"tokens": n_tokens, "bytes": n_tokens, "documents": 1, "sha256": ""}
+        (path / "meta.json").write_text(json.dumps({"tokenizer": "random", "vocab_size": vocab_size, "dtype": "uint16",
+                                                    "splits": counts}))
+
+
+class Bench:
+
+    def __init__(self, args, folder, vocab_size):
+        self.args, self.folder, self.V = args, folder, vocab_size
+        self.config = GPTConfig(vocab_size, args.block_size, args.n_layer, args.n_head, args.n_embd)
+        self.train = np.memmap(Path(folder, "s0", "train.bin"), dtype=np.uint16, mode="r")
+        self.autocast = (torch.autocast(args.device, torch.bfloat16) if args.dtype == "bfloat16"
+                         else contextlib.nullcontext())
+
+    def batch(self, n):
+        """n random windows, as nanoGPT draws them."""
+        T = self.args.block_size
+        starts = torch.randint(len(self.train) - T - 1, (n,))
+        ids = torch.from_numpy(np.stack([self.train[i: i + T + 1] for i in starts]).astype(np.int64))
+        if self.args.device == "cuda":
+            ids = ids.pin_memory().to("cuda", non_blocking=True)
+        return ids[:, :-1], ids[:, 1:]
+
+    def model(self):
+        torch.manual_seed(0)
+        net = GPT(self.config).to(self.args.device)
+        optimizer = net.configure_optimizer(1e-3, 0.1, (0.9, 0.95), fused=True)
+        return net, torch.compile(net) if self.args.compile else net, optimizer
+
+    def loss(self, model, net, x, y):
+        with self.autocast:
+            logits = model(x) @ net.lm_head.weight.T  # (B, T, V), all held
+            return F.cross_entropy(logits.flatten(0, 1), y.flatten())
+
+    def now(self):
+        if self.args.device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def plain(self, steps):
+        """(i) seconds a step of a nanoGPT-style loop: one batch, F.cross_entropy on all logits."""
+        net, model, optimizer = self.model()
+        for step in range(self.args.warmup + steps):
+            if step == self.args.warmup:
+                start = self.now()
+            self.loss(model, net, *self.batch(self.args.batch_size)).backward()
+            torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        return (self.now() - start) / steps
+
+    def passes(self, K, steps):
+        """(iv) seconds of one outer step of K + 1 forward and backward passes, alignments at the head."""
+        net, model, _ = self.model()
+        head = net.lm_head.weight
+        n, seconds = self.args.target_batch_size, []
+        for step in range(1 + steps):
+            start = self.now()
+            gradients = []
+            for _ in range(K + 1):
+                self.loss(model, net, *self.batch(n)).backward()  # through the whole model, as their code does
+                gradients.append(head.grad)
+                net.zero_grad(set_to_none=True)
+            torch.stack([(gradients[-1] * g).sum() for g in gradients[:-1]]).tolist()
+            seconds.append(self.now() - start)
+        return float(np.median(seconds[1:]))
+
+    def fastmix(self, K, steps, *flags):
+        """(ii), (iii) seconds a step of fastmix.py, from its log."""
+        a, total = self.args, self.args.warmup + steps
+        with tempfile.TemporaryDirectory() as out:
+            sys.argv = ["fastmix.py", "--data_dir", self.folder, "--sources", ",".join(f"s{k}" for k in range(K)),
+                        "--target", "s0", "--out_dir", out, "--max_steps", str(total + 1), "--log_every", "1",
+                        "--eval_every", str(10**9), "--eval_tokens", "1", "--test_tokens", "1",
+                        *(x for f in ("device", "dtype", "n_layer", "n_head", "n_embd", "block_size", "batch_size",
+                                      "target_batch_size") for x in (f"--{f}", str(getattr(a, f)))),
+                        *(["--compile"] if a.compile else []), *map(str, flags)]
+            with contextlib.redirect_stdout(Reconfigurable()):
+                fastmix.main()
+            seconds = {r["step"]: r["seconds"] for r in map(json.loads, open(Path(out, "log.jsonl")))}
+        return (seconds[total] - seconds[a.warmup]) / steps
+
+    def variants(self, K):
+        """{name: seconds a step}; a name is what the table calls it."""
+        runs = {f"fixed, K = {K}": lambda s: self.fastmix(K, s, "--mixture", "uniform"),
+                f"search, eps 0.25, K = {K}": lambda s: self.fastmix(K, s),
+                f"search, eps 1, K = {K}": lambda s: self.fastmix(K, s, "--uniform_share", 1)}
+        if K == 16:
+            runs[f"search, every 4, K = {K}"] = lambda s: self.fastmix(K, s, "--outer_every", 4)
+        return runs
+
+    def all(self):
+        return {"plain": self.plain} | {n: f for K in KS for n, f in self.variants(K).items()}
+
+
+class Reconfigurable(io.StringIO):
+    def reconfigure(self, **_):
+        pass
+
+
+def matmul_peak(device, dtype, n):
+    """FLOP/s of an n x n matmul, the best of ten."""
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    best = math.inf
+    for _ in range(12):
+        start = time.perf_counter()
+        a @ b
+        if device == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - start)
+    return 2 * n**3 / best
+
+
+def peak_mb(args, argv, V, name):
+    """Peak memory of one variant, in a process of its own."""
+    command = [sys.executable, __file__, *argv, "--vocab_sizes", str(V), "--memory_of", name]
+    return float(subprocess.run(command, check=True, text=True, capture_output=True).stdout.splitlines()[-1])
+
+
+def measure_memory(args):
+    V = args.vocab_sizes[0]
+    with tempfile.TemporaryDirectory() as folder:
+        write_sets(folder, 64, V)
+        bench = Bench(args, folder, V)
+        before = resident("VmRSS")
+        args.warmup = 1
+        bench.all()[args.memory_of](2)
+        print(torch.cuda.max_memory_allocated() / 2**20 if args.device == "cuda" else resident("VmHWM") - before)
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--vocab_sizes", type=lambda t: [int(v) for v in t.split(",")], default=[257, 50304])
+    p.add_argument("--rounds", type=int, default=5)
+    p.add_argument("--steps", type=int, default=0, help="timed steps a turn; 0: as many as take about 4 seconds")
+    p.add_argument("--warmup", type=int, default=3)
+    p.add_argument("--device", default="cpu")
+    p.add_argument("--dtype", default="float32")
+    p.add_argument("--compile", action="store_true")
+    for flag, default in (("n_layer", 4), ("n_head", 4), ("n_embd", 256), ("block_size", 128), ("batch_size", 16),
+                          ("target_batch_size", 4)):
+        p.add_argument("--" + flag, type=int, default=default)
+    p.add_argument("--memory_of", help=argparse.SUPPRESS)
+    args = p.parse_args()
+    if args.memory_of:
+        return measure_memory(args)
+
+    machine = torch.cuda.get_device_name() if args.device == "cuda" else f"{platform.machine()} CPU"
+    dtype = torch.bfloat16 if args.dtype == "bfloat16" else torch.float32
+    peak = matmul_peak(args.device, dtype, 8192 if args.device == "cuda" else 2048)
+    print(f"{machine}, {torch.get_num_threads()} threads, torch {torch.__version__}, {args.dtype}; matmul peak "
+          f"{peak / 1e12:.3f} TFLOP/s")
+    print(f"{args.n_layer} layers, {args.n_embd} channels, block {args.block_size}, batch {args.batch_size}, target "
+          f"batch {args.target_batch_size}; medians of {args.rounds} rounds")
+    argv = [a for a in sys.argv[1:] if a != "--memory_of"]
+    for V in args.vocab_sizes:
+        with tempfile.TemporaryDirectory() as folder:
+            write_sets(folder, 64, V)
+            bench = Bench(args, folder, V)
+            variants = bench.all()
+            steps = args.steps or max(3, math.ceil(4 / bench.plain(2)))
+            rows = []  # of each round: {variant: seconds}
+            for _ in range(args.rounds):
+                rows.append({name: run(steps) for name, run in variants.items()})
+            outer = {K: bench.passes(K, 3 if K < 64 else 1) for K in KS}
+        tokens = args.batch_size * args.block_size
+        net = GPT(bench.config)
+        matrices = net.num_params() - net.tok_emb.weight.numel()  # a lookup multiplies nothing
+        # forward and backward: 6 a weight and token; attention 2 matmuls of T x C a token, halved where it is causal
+        flops = tokens * (6 * matrices + 6 * args.n_layer * args.block_size * args.n_embd)
+        print(f"\nV = {V}, {net.num_params():,} parameters, {steps} steps a turn")
+        print(f"{'':26s} {'tokens/s':>9s} {'x plain':>8s} {'x fixed':>8s} {'of peak':>8s} {'peak MB':>8s}")
+        for name in variants:
+            t = np.array([r[name] for r in rows])
+            fixed = [k for k in variants if k.startswith("fixed") and k.split("K")[1] == name.split("K")[-1]]
+            to = {"plain": np.median([r["plain"] for r in rows] / t),
+                  "fixed": np.median([r[fixed[0]] for r in rows] / t) if fixed else math.nan}
+            memory = peak_mb(args, argv, V, name)
+            print(f"{name:26s} {tokens / np.median(t):9,.0f} {to['plain']:8.3f} {to['fixed']:8.3f} "
+                  f"{flops / np.median(t) / peak:8.2f} {memory:8,.0f}")
+        print(f"\n{'an outer step, seconds':26s} {'here':>9s} {'K + 1 passes':>13s} {'ratio':>7s}")
+        for K in KS:
+            cost = np.median([r[f"search, eps 0.25, K = {K}"] - r[f"fixed, K = {K}"] for r in rows])
+            print(f"{f'K = {K}':26s} {cost:9.4f} {outer[K]:13.4f} {cost / outer[K]:7.3f}")
+
+
+if __name__ == "__main__":
+    main()

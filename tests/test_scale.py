@@ -1,0 +1,109 @@
+"""More than one process, many sources, and kills: what a long run meets."""
+import json
+import os
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bench_kill import kill_loop
+from conftest import ROOT, TINY, chain_set, log_rows, run, write_set
+
+FLAGS = [*TINY, "--sources", "a,b,noise", "--target", "target"]
+
+
+def torchrun(*args, cwd):
+    with socket.create_server(("127.0.0.1", 0)) as s:
+        port = s.getsockname()[1]
+    return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port",
+                             str(port), str(ROOT / "fastmix.py"), *map(str, args)], cwd=cwd, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def test_two_processes_follow_the_trajectory_of_one(synthetic):
+    """The same global batch, micro-batches and all: alphas within 1e-4 after 20 steps, and one set of files."""
+    flags = [*FLAGS, "--max_steps", 20, "--log_every", 1, "--batch_size", 4, "--grad_accum", 2]
+    two = torchrun(*flags, "--out_dir", "two", cwd=synthetic)
+    run("fastmix.py", *flags, "--out_dir", "one", cwd=synthetic)
+    stdout, stderr = two.communicate(timeout=120)
+    assert two.returncode == 0, stderr
+    assert stdout.count("target target: test loss") == 1
+    rows = [log_rows(synthetic / out) for out in ("one", "two")]
+    assert len(rows[0]) == len(rows[1]) == 21 and rows[0][20]["alpha"]["b"] > 0.4
+    for a, b in zip(*rows):
+        for key, tolerance in (("alpha", 1e-4), ("alignment", 1e-4), ("source_loss", 1e-3)):
+            for name, value in a[key].items():
+                assert (value is None) == (b[key][name] is None)
+                assert value is None or abs(value - b[key][name]) < tolerance, (a["step"], key, name)
+        assert a["train_loss"] is None or abs(a["train_loss"] - b["train_loss"]) < 1e-3
+    one, two = (json.loads((synthetic / out / "mixture.json").read_text()) for out in ("one", "two"))
+    assert one["sources"].keys() == two["sources"].keys()
+    for name in one["sources"]:
+        assert one["sources"][name]["tokens_seen"] == two["sources"][name]["tokens_seen"]
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds the rank in /proc")
+def test_a_killed_rank_ends_the_run_and_leaves_a_checkpoint(synthetic):
+    """The run goes on with one process, and ends where an undisturbed one does, up to rounding."""
+    out = synthetic / "orphaned"
+    flags = [*FLAGS, "--max_steps", 400, "--log_every", 1, "--eval_every", 10]
+    process = torchrun(*flags, "--out_dir", out.name, cwd=synthetic)
+    while not (out / "ckpt.pt").exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+
+    def is_rank_1(pid):
+        try:
+            return (f"\0RANK=1\0" in Path("/proc", pid, "environ").read_text()
+                    and str(out.name) in Path("/proc", pid, "cmdline").read_text())
+        except OSError:
+            return False
+    (rank_1,) = [pid for pid in os.listdir("/proc") if pid.isdigit() and is_rank_1(pid)]
+    os.kill(int(rank_1), signal.SIGKILL)
+    process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert log_rows(out)[-1]["step"] < 400
+    run("fastmix.py", "--resume", "--out_dir", out.name, cwd=synthetic)
+    assert [r["step"] for r in log_rows(out)] == list(range(401))
+    assert log_rows(out)[-1]["alpha"]["b"] > 0.9
+
+
+def test_batches_that_cannot_be_shared(synthetic):
+    process = torchrun(*FLAGS, "--batch_size", 7, "--out_dir", "odd", cwd=synthetic)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode != 0 and "error: 2 processes share a batch: --batch_size 7 must be a multiple" in stderr
+    assert stderr.count("error: ") == 1 and not (synthetic / "odd").exists()
+
+
+def test_sixty_four_sources_within_256_file_handles(tmp_path):
+    for k in range(64):
+        chain_set(tmp_path / "data" / f"s{k}", k, n=2000)
+    names = ",".join(f"s{k}" for k in range(64))
+    run("fastmix.py", *TINY, "--batch_size", 64, "--sources", names, "--target", "s3", "--max_steps", 3, cwd=tmp_path,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256)))
+    assert len(log_rows(tmp_path / "out")[-1]["alpha"]) == 64
+
+
+def test_a_sparse_file_of_20_gb_is_not_read_through(tmp_path):
+    """A hole reads as zeros; only the windows drawn are touched, so the run is as quick as on a small file."""
+    zeros = np.zeros(2000, np.uint8)
+    write_set(tmp_path / "data" / "big", {"train": zeros, "val": zeros, "test": zeros})
+    meta = json.loads((tmp_path / "data" / "big" / "meta.json").read_text())
+    meta["splits"]["train"]["tokens"] = 10**10
+    (tmp_path / "data" / "big" / "meta.json").write_text(json.dumps(meta))
+    os.truncate(tmp_path / "data" / "big" / "train.bin", 2 * 10**10)
+    limit = 6 << 30  # of addresses, beside the map itself
+    run("fastmix.py", *TINY, "--sources", "big", "--max_steps", 3, cwd=tmp_path,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (2 * 10**10 + limit, 2 * 10**10 + limit)))
+
+
+def test_killed_at_random_moments(tmp_path):
+    """A short form of bench_kill.py."""
+    found = kill_loop(tmp_path, runs=2, seed=3, say=lambda *_, **__: None)
+    assert None not in found and sum(map(len, found)) >= 2, found
