@@ -33,3 +33,9 @@ def test_weights_serve_every_block_size():
     long.load_state_dict(short.state_dict())
     x = torch.randint(0, 11, (2, 4))
     torch.testing.assert_close(short(x), long(x))
+
+
+def test_compiles_without_a_graph_break():
+    torch._dynamo.reset()
+    found = torch._dynamo.explain(GPT(GPTConfig(11, 8, 2, 2, 8)))(torch.zeros(2, 8, dtype=torch.int64))
+    assert found.graph_break_count == 0 and found.graph_count == 1
