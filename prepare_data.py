@@ -47,7 +47,7 @@ SAMPLE = ("python", "cpp", "prose", "math", "legal", "noise", "numpy",  # six so
           "describe", "implement", "evaluate", "declare", "unicode", "numpy_tasks")  # instructions and a target
 SAMPLE_TARGETS = ("numpy", "numpy_tasks")
 SAMPLE_CHARS = 4_000_000  # at most this much of each sample source
-EXAMPLE_CHARS = 250  # longest example of the sample's instruction sets
+EXAMPLE_CHARS, DOCTEST_CHARS, ANSWER_CHARS = 250, 120, 30  # longest of the sample's examples; of doctests; what they print
 PAIRS = (("prompt", "response"), ("question", "answer"), ("instruction", "output"))  # keys of a prompt and a response
 NETWORK_TIMEOUT = 60  # seconds; tiktoken itself would wait for ever
 
@@ -320,7 +320,7 @@ def tasks(pairs):
 
 
 def doctests(doc):
-    """Yields (prompt, what is printed) of a docstring's doctests."""
+    """Yields (prompt, what is printed) of a docstring's doctests, those that print little."""
     try:
         examples = doctest.DocTestParser().get_examples(doc)
     except ValueError:  # it only looks like one
@@ -328,14 +328,15 @@ def doctests(doc):
     before = []
     for e in examples:
         prompt = "".join(f"{'...' if i else '>>>'} {line}\n" for i, line in enumerate(e.source.splitlines()))
-        room = EXAMPLE_CHARS - len(prompt + e.want) - 1
+        room = DOCTEST_CHARS - len(prompt + e.want)
         context = []
         for shown in reversed(before):
             room -= len(shown)
             if room < 0:
                 break
             context.insert(0, shown)
-        yield "".join(context) + prompt, e.want.rstrip()
+        if len(prompt + e.want) < DOCTEST_CHARS and len(e.want) <= ANSWER_CHARS:
+            yield "".join(context) + prompt, e.want.rstrip()
         before.append(prompt + e.want)
 
 
@@ -388,6 +389,7 @@ def sample_sets(seed):
     headers = listing(torch / "include" / "c10", "*.h") + listing(torch / "include" / "torch" / "csrc", "*.h")
     from_code, from_sympy = read_python(code), read_python(listing(package_dir("sympy"), "*.py"))
     numpy = listing(package_dir("numpy"), "*.py")
+    from_numpy = read_python(numpy)
     found = {
         "python": read_all(code),
         "cpp": read_all(headers),
@@ -398,7 +400,7 @@ def sample_sets(seed):
         **{kind: tasks(from_code[kind] | from_sympy[kind]) for kind in ("describe", "implement", "evaluate")},
         "declare": tasks(declarations(headers)),
         "unicode": tasks(characters()),
-        "numpy_tasks": [e for kind, pairs in read_python(numpy).items() if kind != "docstrings" for e in tasks(pairs)],
+        "numpy_tasks": [e for kind in ("describe", "implement", "evaluate") for e in tasks(from_numpy[kind])],
     }
     sets = {}
     for name, documents in found.items():
