@@ -47,7 +47,7 @@ SAMPLE = ("python", "cpp", "prose", "math", "legal", "noise", "numpy",  # six so
           "describe", "implement", "evaluate", "declare", "unicode", "numpy_tasks")  # instructions and a target
 SAMPLE_TARGETS = ("numpy", "numpy_tasks")
 SAMPLE_CHARS = 4_000_000  # at most this much of each sample source
-EXAMPLE_CHARS, DOCTEST_CHARS, ANSWER_CHARS = 250, 120, 30  # longest of the sample's examples; of doctests; what they print
+EXAMPLE_CHARS, DOCTEST_CHARS, ANSWER_CHARS = 250, 120, 30  # longest example of the sample, doctest, what it prints
 PAIRS = (("prompt", "response"), ("question", "answer"), ("instruction", "output"))  # keys of a prompt and a response
 NETWORK_TIMEOUT = 60  # seconds; tiktoken itself would wait for ever
 

@@ -257,7 +257,7 @@ def test_the_readmes_instruction_commands_shortened(sample):
     sets = ["--sources", "describe,implement,evaluate,declare,unicode", "--target", "numpy_tasks"]
     stdout = run("fastmix.py", "--init_from", "base/ckpt.pt", *sets, "--block_size", 256, "--batch_size", 8,
                  "--eval_accuracy", *short, "--out_dir", "tasks", cwd=sample)
-    assert stdout.count("short answers right") == 2 and "of 13,7" in stdout  # counts those longer than the block
+    assert stdout.count("short answers right") == 2
     run("fastmix.py", "--target", "numpy_tasks", "--block_size", 256, "--batch_size", 8, *short, "--out_dir", "toward",
         cwd=sample)
     assert json.loads((sample / "toward" / "mixture.json").read_text())["target"] == ["numpy_tasks"]
