@@ -44,6 +44,7 @@ from model import GPT, GPTConfig
 IGNORE = -1  # targets of this value count nowhere
 SHORT_ANSWER = 32  # tokens, <|endoftext|> included: the answers that --eval_accuracy takes
 SAMPLE_SOURCES, SAMPLE_TARGET = "python,cpp,prose,math,legal,noise", "numpy"
+SAMPLE_TASKS = "describe,implement,evaluate,declare,unicode,numpy_tasks"
 
 
 def fail(message):
@@ -166,8 +167,8 @@ class TokenSet:
         self.name, self.block_size, folder = name, block_size, Path(data_dir, name)
         if not (folder / "meta.json").is_file():
             there = sorted(m.parent.name for m in Path(data_dir).glob("[!.]*/meta.json"))
-            mend = "python prepare_data.py" + ("" if name in f"{SAMPLE_SOURCES},{SAMPLE_TARGET}".split(",") else
-                                               f" {name}=PATH")
+            of_sample = name in f"{SAMPLE_SOURCES},{SAMPLE_TARGET},{SAMPLE_TASKS}".split(",")
+            mend = "python prepare_data.py" + ("" if of_sample else f" {name}=PATH")
             fail(f"no set '{name}' in {data_dir}/ (there: {', '.join(there) or 'none'}); prepare it with: {mend}")
         self.again = f"prepare '{name}' again with --overwrite"
         try:
@@ -240,7 +241,7 @@ class TokenSet:
 
     def windows(self, split, start):
         """Windows at start (B,) of a split -> inputs and next-token targets, (B, T) int64, IGNORE where not learned."""
-        at = start[:, None] + np.arange(self.block_size + 1)  # (B, T + 1)
+        at, within = start[:, None] + np.arange(self.block_size + 1), True  # (B, T + 1)
         if split in self.rows:  # behind a row comes the next example, and at the end nothing: filled, never learned
             last = self.rows[split][1][np.searchsorted(self.rows[split][0], start)][:, None] - 1
             within, at = at <= last, np.minimum(at, last)
@@ -250,8 +251,8 @@ class TokenSet:
                  f"{self.again}")
         x, y = ids[:, :-1], ids[:, 1:]
         if split in self.masks:
-            learned = self.masks[split][at] > 0
-            y = np.where((learned & within if split in self.rows else learned)[:, 1:], y, IGNORE)
+            learned = (self.masks[split][at] > 0) & within
+            y = np.where(learned[:, 1:], y, IGNORE)
         return torch.from_numpy(x), torch.from_numpy(y)
 
 
@@ -709,7 +710,7 @@ def main():
     tokens_per_step = args.batch_size * args.grad_accum * args.block_size
     say(f"{net.num_params():,} parameters, {tokens_per_step:,} tokens a step, {device}, {dtype}")
     say(f"sources {', '.join(names)}; target {', '.join(target_names)}"
-          + f"{note}; {'searching' if searching else f'mixture {args.mixture}'}")
+        + f"{note}; {'searching' if searching else f'mixture {args.mixture}'}")
     for s in loaded.values():
         if s.cut[1]:
             say(f"{s.name}: of {s.cut[0]:,} examples {s.cut[1]:,} are longer than --block_size {args.block_size} and "
@@ -751,8 +752,8 @@ def main():
     def report(results, when):
         for name, r in results.items():
             say(f"target {name}{when}: test loss {r['test_loss']:.4f} nats a "
-                  f"{'learned ' if loaded[name].masks else ''}token, {r['test_bits_per_byte']:.4f} bits a byte"
-                  + (f", {r['accuracy']:.1%} of {r['answers']:,} short answers right" if "accuracy" in r else ""))
+                f"{'learned ' if loaded[name].masks else ''}token, {r['test_bits_per_byte']:.4f} bits a byte"
+                + (f", {r['accuracy']:.1%} of {r['answers']:,} short answers right" if "accuracy" in r else ""))
 
     if init:
         before = test_results()
@@ -803,9 +804,9 @@ def main():
             rate = (step - line_step) / max(seconds - line_seconds, 1e-9)
             eta = (args.max_steps - step) / rate if rate else 0
             say(f"step {step:5d} {100 * step / args.max_steps:3.0f}% | "
-                  + (f"train {train_loss:.3f} | " if rate else "") + f"target {val_loss:.3f} | "
-                  + (f"{rate * tokens_per_step:,.0f} tok/s | {eta:.0f} s left | " if rate else "")
-                  + bars(names, alpha), flush=True)
+                + (f"train {train_loss:.3f} | " if rate else "") + f"target {val_loss:.3f} | "
+                + (f"{rate * tokens_per_step:,.0f} tok/s | {eta:.0f} s left | " if rate else "")
+                + bars(names, alpha), flush=True)
             if args.source_losses:
                 say("      " + "  ".join(f"{n} {v:.3f}" for n, v in zip(names, source_loss.tolist())))
             meter.zero_()
@@ -902,7 +903,7 @@ def main():
     say(f"\n{'source':12s} {'tokens':>12s} {'start':>7s} {'final':>7s} {'epochs':>7s} {'val loss':>9s}")
     for k, name in enumerate(names):
         say(f"{name:12s} {available[k]:12,d} {first[k]:7.3f} {final[k]:7.3f} "
-              f"{final[k] * tokens / available[k]:7.2f} {final_loss[k]:9.3f}")
+            f"{final[k] * tokens / available[k]:7.2f} {final_loss[k]:9.3f}")
     say(f"final: average of the last half; epochs: of {tokens:,} tokens drawn by it; loss: nats a token")
     report(test, "")
     if len(test) > 1:

@@ -96,6 +96,12 @@ def test_one_clear_line(broken):
     assert not (broken / "new").exists() and not list(broken.glob("hot*/ckpt.pt"))
 
 
+def test_a_set_of_the_sample_needs_no_path(broken):
+    for name in ("python", "describe", "numpy_tasks"):
+        line = refused("fastmix.py", *FAST, "--sources", f"a,{name}", "--out_dir", "new", cwd=broken)
+        assert line.endswith("with: python prepare_data.py"), line
+
+
 def test_data_changed_under_a_checkpoint(broken):
     meta = broken / "data" / "a" / "meta.json"
     text = meta.read_text()
