@@ -97,6 +97,7 @@ def parse_args(defaults=None):
     group("mixture (the outer problem)",
           ("mixture", str, None, "train at this mixture instead of searching: mixture.json, log.jsonl (replays its "
                                  "trajectory), uniform, proportional (to tokens) or a=0.8,b=0.2"),
+          ("start_mixture", str, None, "where the search starts, given as for --mixture (default: uniform)"),
           ("uniform_share", number(0, 1), None, "eps: share of sequences drawn uniformly over the sources; 1 is the "
                                                 "paper's loss weights, 0 is sampling by the mixture (default: 0.25 in "
                                                 "a search, 0 with --mixture, where no source needs measuring)"),
@@ -437,10 +438,10 @@ def mixture_step(z, moments, gradient, present, learning_rate, betas=(0.9, 0.95)
     z.sub_(torch.where(present, learning_rate * step, 0.0))
 
 
-def read_mixture(text, names, tokens):
+def read_mixture(flag, text, names, tokens):
     """
-    --mixture -> a schedule: fractions of training (P,) and the mixture at each (P, K). P is 1 for a constant one.
-    Weights need not sum to 1; a source that the text does not name gets 0.
+    What --mixture or --start_mixture names -> a schedule: fractions of training (P,) and the mixture at each (P, K). P
+    is 1 for a constant one. Weights need not sum to 1; a source that the text does not name gets 0.
     """
     if text == "uniform":
         rows = [dict.fromkeys(names, 1.0)]
@@ -455,26 +456,26 @@ def read_mixture(text, names, tokens):
                 log = [json.loads(line) for line in lines if line.endswith("\n")]
                 rows = [row["alpha"] for row in log]
         except OSError as error:
-            fail(f"--mixture {text}: {error.strerror}; a search writes it to its out_dir")
+            fail(f"{flag} {text}: {error.strerror}; a search writes it to its out_dir")
         except (ValueError, KeyError, TypeError) as error:
-            fail(f"--mixture {text}: not a mixture that fastmix wrote ({error!r})")
+            fail(f"{flag} {text}: not a mixture that fastmix wrote ({error!r})")
     else:
         try:
             pairs = [(name.strip(), float(value)) for name, value in (pair.split("=") for pair in text.split(","))]
         except ValueError:
-            fail(f"--mixture {text}: not a .json or .jsonl file, uniform, proportional, or a=0.8,b=0.2")
+            fail(f"{flag} {text}: not a .json or .jsonl file, uniform, proportional, or a=0.8,b=0.2")
         if len(dict(pairs)) < len(pairs):
-            fail(f"--mixture {text}: a name is given twice")
+            fail(f"{flag} {text}: a name is given twice")
         rows = [dict(pairs)]
     for row in rows:
         if not isinstance(row, dict) or not row.keys() <= set(names):
-            fail(f"--mixture {text} names {', '.join(map(str, row))}, but --sources are {', '.join(names)}")
+            fail(f"{flag} {text} names {', '.join(map(str, row))}, but --sources are {', '.join(names)}")
         bad = [f"{k}={v}" for k, v in row.items() if not (isinstance(v, (int, float)) and 0 <= v < math.inf)]
         if bad or not sum(row.values()) > 0:
-            fail(f"--mixture {text}: {bad[0] if bad else 'all weights are 0'}; weights must be numbers from 0 up, one "
+            fail(f"{flag} {text}: {bad[0] if bad else 'all weights are 0'}; weights must be numbers from 0 up, one "
                  "of them above 0")
     if not rows:
-        fail(f"--mixture {text}: empty")
+        fail(f"{flag} {text}: empty")
     alphas = torch.tensor([[row.get(name, 0.0) for name in names] for row in rows], dtype=torch.float64)
     steps = torch.tensor([row["step"] for row in log] if text.endswith(".jsonl") else [0.0], dtype=torch.float64)
     return steps / max(steps.max().item(), 1), alphas / alphas.sum(1, keepdim=True)
@@ -580,9 +581,10 @@ def main():
         ckpt = load_checkpoint(out / "ckpt.pt", "start anew with --overwrite")
         stored = ckpt["args"]
         args = parse_args({k: v for k, v in stored.items() if k not in ("resume", "overwrite")})
-        changed = [k for k, v in vars(args).items() if k not in MAY_CHANGE and v != stored[k]]
+        changed = [k for k, v in vars(args).items() if k not in MAY_CHANGE and v != stored.get(k)]
         if changed:
-            fail(f"{out}/ckpt.pt was made with --{changed[0]} {stored[changed[0]]}, not {getattr(args, changed[0])}; "
+            was, now = stored.get(changed[0]), getattr(args, changed[0])
+            fail(f"{out}/ckpt.pt was made with --{changed[0]} {was}, not {now}; "
                  "resume without that flag, or start a new run in another --out_dir")
     init = None
     if args.init_from and not ckpt:
@@ -640,9 +642,14 @@ def main():
     if ckpt and ckpt["digests"] != digests:
         fail(f"the data in {args.data_dir}/ is not what {out}/ckpt.pt was trained on; prepare it as it was, or start a "
              "new run in another --out_dir")
-    schedule = None
-    if not searching:
-        schedule = ckpt["schedule"] if ckpt else read_mixture(args.mixture, names, available)
+    if args.start_mixture and not searching:
+        fail("--start_mixture is where a search starts, and with --mixture nothing is searched; give one of them")
+    given = ("--start_mixture", args.start_mixture or "uniform") if searching else ("--mixture", args.mixture)
+    schedule = ckpt["schedule"] if ckpt else read_mixture(*given, names, available)
+    first = schedule[1][-1 if searching else 0]  # (K,) the mixture of the first step
+    if searching and first.min() <= 0:
+        fail(f"--start_mixture {args.start_mixture} gives {names[first.argmin()]} no weight, and a search cannot raise "
+             "it from 0; give every source some")
     if args.uniform_share is None:
         args.uniform_share = 0.25 if searching else 0.0
     args.sources, args.target = ",".join(names), ",".join(target_names)  # what is saved says what was used
@@ -666,12 +673,13 @@ def main():
     # all state of the loop; what a checkpoint holds
     train_rng, target_rng = torch.Generator().manual_seed(args.seed), torch.Generator().manual_seed(args.seed + 1)
     start, seconds = 0, 0.0
-    z, moments = torch.zeros(K, device=device), torch.zeros(3, K, device=device)  # mixture logits and their Adam
+    z = (first / first.max()).log().float().to(device)  # (K,) logits of the mixture; 0 where it starts uniform
+    moments = torch.zeros(3, K, device=device)  # Adam's, of z
     wide = torch.float32 if device == "mps" else torch.float64
     alpha_sum, alpha_sum_half = torch.zeros(2, K, dtype=wide, device=device)  # over all steps, over the last half
     drawn = torch.zeros(K, dtype=torch.int64)  # tokens seen of each source
     meter = torch.zeros(4, K, device=device)  # since the last line: loss sum, tokens, alignment sum, outer steps
-    known = torch.full((K,), 1 / K)  # the mixture that sequences are drawn by: the host's copy, one step old
+    known = first.float()  # (K,) the mixture that sequences are drawn by: the host's copy, one step old
     density = torch.tensor([s.density for s in sources], device=device)  # (K,) learned tokens per token drawn
     losses = []  # of each step since the last line
     before = {}  # test results of --init_from
@@ -898,7 +906,6 @@ def main():
     mixtures = {"last": alpha_at(step), "last_half_average": alpha_sum_half, "run_average": alpha_sum}
     mixtures = {n: (m.cpu().double() / m.cpu().double().sum()).tolist() for n, m in mixtures.items()}
     final, tokens = mixtures["last_half_average"], step * tokens_per_step
-    first = [1 / K] * K if searching else schedule[1][0].tolist()
 
     say(f"\n{'source':12s} {'tokens':>12s} {'start':>7s} {'final':>7s} {'epochs':>7s} {'val loss':>9s}")
     for k, name in enumerate(names):

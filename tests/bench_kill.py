@@ -17,25 +17,9 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from conftest import TINY, chain_set, run, start  # noqa: E402
+from conftest import TINY, assert_same, chain_set, run, start  # noqa: E402
 
 FLAGS = [*TINY, "--sources", "a,b", "--target", "target", "--max_steps", 60, "--eval_every", 5, "--log_every", 1]
-
-
-def result(out):
-    """All of a run's files, without times: log rows, mixture and every tensor of the checkpoint."""
-    ckpt = torch.load(out / "ckpt.pt", weights_only=True)
-    mixture = json.loads((out / "mixture.json").read_text())
-    rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    for d in (mixture, *rows):
-        d.pop("seconds")
-    mixture.pop("settings")
-    moments = [t for s in ckpt["optimizer"]["state"].values() for t in s.values()]
-    return rows, mixture, [*ckpt["model"].values(), *ckpt["tensors"], *moments, ckpt["train_rng"], ckpt["target_rng"]]
-
-
-def same(a, b):
-    return a[:2] == b[:2] and all(torch.equal(s, t) for s, t in zip(a[2], b[2], strict=True))
 
 
 def kill_loop(folder, runs, seed, say=print):
@@ -46,7 +30,6 @@ def kill_loop(folder, runs, seed, say=print):
     began = time.time()
     run("fastmix.py", *FLAGS, "--out_dir", "undisturbed", cwd=folder)
     longest = time.time() - began
-    reference = result(folder / "undisturbed")
     found = []
     for i in range(runs):
         out, killed = folder / f"run-{i}", []
@@ -67,7 +50,11 @@ def kill_loop(folder, runs, seed, say=print):
                 for path in (out / "ckpt.pt", out / "mixture.json"):  # whole, or not there
                     if path.exists():
                         torch.load(path, weights_only=True) if path.suffix == ".pt" else json.loads(path.read_text())
-        found.append(killed if same(result(out), reference) else None)
+        try:
+            assert_same(out, folder / "undisturbed")
+            found.append(killed)
+        except AssertionError:
+            found.append(None)
         say(f"run {i + 1}: killed {len(killed)} times, at steps {killed}: "
             f"{'DIFFERS' if found[-1] is None else 'the same, bit for bit'}", flush=True)
     return found

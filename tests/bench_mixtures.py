@@ -1,35 +1,52 @@
 """
-Does the search find the best mixture, and at what price? FastMix against fixed mixtures, a RegMix-style search, and the
-update rules of DoGE and DoReMi, by the target's test loss after training from scratch for the same number of steps.
+Does the search find the best mixture, and at what price? FastMix against fixed mixtures, a RegMix-style search and the
+update rules of DoGE and DoReMi, by the target's test loss of models trained from scratch for the same number of steps.
 
-    python tests/bench_mixtures.py --quick           one task, few runs, short: 5 minutes on 2 cores
-    python tests/bench_mixtures.py                   four tasks, hours on 2 cores; stop and go on as you like
-    python tests/bench_mixtures.py --table           the table and the figure from what is stored, nothing is run
+    python tests/bench_mixtures.py --quick           one task, short runs: 5 minutes on 2 cores
+    python tests/bench_mixtures.py                   four tasks, about 4 hours on 2 cores; stop and go on as you like
+    python tests/bench_mixtures.py --stages alignments transfer stretch sensitivity       the other questions
+    python tests/bench_mixtures.py --table --results tests/bench_mixtures.jsonl           from stored results, no run
 
-Each run is one line in WORK/results.jsonl (--work, default out-bench) and is never run twice. Every run is fastmix.py
-itself, in one thread, --jobs at a time.
+Every run is fastmix.py itself, in one thread, --jobs at a time, and one line in WORK/results.jsonl; a line that is
+there is never run again. Seeds are paired: a seed fixes initialisation and batches of every method's run.
 """
 import argparse
+import contextlib
 import json
+import multiprocessing
 import os
 import shutil
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+import tempfile
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
+from unittest import mock
 
-import numpy as np
+os.environ["OMP_NUM_THREADS"] = "1"  # runs side by side, and figures that do not depend on the number of cores
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import fastmix  # noqa: E402
+
 TASKS = {  # name: (sources, target)
     "numpy": ("python,cpp,prose,math,legal,noise", "numpy"),
     "own": ("python,cpp,prose,math,legal", "python,cpp,prose,math,legal"),
     "scarce": ("python,cpp,math,legal,prose_2", "prose_2"),  # prose with 2% of its train split
-    "noisy": ("python,cpp,prose,python_b,noise,bytes", "math"),  # half of them of no use
+    "noisy": ("python,cpp,prose,python_b,noise,bytes", "math"),  # half of them of no use or near-duplicates
 }
-SEARCHES = {"eps 0.25": [], "eps 0": ["--uniform_share", "0"], "eps 1": ["--uniform_share", "1"],
-            "every 20": ["--outer_every", "20"], "DoGE": ["--doge"], "DoReMi": ["--doremi"]}
-MIXTURES = ("last", "last_half_average", "run_average")
+TITLES = {"numpy": "toward numpy", "own": "own val splits", "scarce": "scarce target", "noisy": "half of no use"}
+SEARCHES = {"FastMix": [], "eps 0": ["--uniform_share", "0"], "eps 1": ["--uniform_share", "1"],
+            "every 20": ["--outer_every", "20"], "DoGE": [], "DoReMi": ["--learning_rate_mixture", "0.1"]}
+SUMMARIES = {"FastMix": ("last", "last_half_average", "run_average", "trajectory"),
+             **dict.fromkeys(("eps 0", "eps 1", "every 20"), ("last_half_average",)),
+             **dict.fromkeys(("DoGE", "DoReMi"), ("run_average",))}  # as both papers do
+SIZES = {"base": {"n_layer": 2, "n_head": 2, "n_embd": 64}, "large": {"n_layer": 4, "n_head": 4, "n_embd": 128}}
+STRETCH = 4
+KEY = ("task", "what", "seed", "steps", "size")  # what a result is known by
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -60,27 +77,30 @@ def prepare(data):
 # ---------------------------------------------------------------------------------------------------------------------
 # other methods' update rules, in fastmix.py's own loop
 
-def doge(fastmix):
+def gradient_step(z, moments, gradient, present, learning_rate):
+    """Mirror descent on the simplex (exponentiated gradient) is a plain gradient step on the logits."""
+    z -= learning_rate * gradient
+
+
+def doge():
     """
-    DoGE (Fan et al., arXiv 2310.15393): mirror descent on the simplex, alpha_k in proportion to alpha_k exp(eta A_k),
-    A_k the alignment of the source's gradient with the target's; here scaled by the running mean of max |A|.
+    DoGE (Fan et al., arXiv 2310.15393): alpha_k in proportion to alpha_k exp(step A_k), A_k the alignment of the
+    source's gradient with the target's. Its step is in units of 1 / (running mean of max |A|): it has no natural one.
     """
-    scale = []
+    largest = []
 
     def gradient(alpha, alignment, present, eta=1.0, density=1.0):
-        scale.append(alignment.abs().max().item())
-        return -alignment * present / np.mean(scale[-100:])
+        largest.append(alignment.abs().max().item())
+        return -alignment * present / np.mean(largest[-100:])
 
-    fastmix.mixture_gradient = gradient
-    fastmix.mixture_step = plain_step
+    return {"mixture_gradient": gradient, "mixture_step": gradient_step}
 
 
-def doremi(fastmix, reference):
+def doremi(reference):
     """
-    DoReMi (Xie et al., arXiv 2305.10429): exponentiated gradient on the excess loss over a reference model's, clipped at
-    0; it knows no target. Excess losses travel where the loop carries alignments.
+    DoReMi (Xie et al., arXiv 2305.10429): exponentiated gradient on each source's excess loss over a reference model's,
+    clipped at 0 a token. It knows no target. The excess travels where the loop carries alignments.
     """
-    import torch
     ckpt = torch.load(reference, weights_only=True)
     net = fastmix.GPT(fastmix.GPTConfig(**ckpt["config"]))
     net.load_state_dict(ckpt["model"])
@@ -92,227 +112,566 @@ def doremi(fastmix, reference):
             known = fastmix.fused_cross_entropy(net(x).flatten(0, 1), net.lm_head.weight, y.flatten())[1].view_as(y)
         return loss, token_loss, (token_loss - known).clamp(min=0)
 
-    fastmix.batch_loss = with_excess
-    fastmix.mixture_gradient = lambda alpha, excess, present, eta=1.0, density=1.0: -excess * present
-    fastmix.mixture_step = plain_step
+    def gradient(alpha, excess, present, eta=1.0, density=1.0):
+        return -excess * present
 
-
-def plain_step(z, moments, gradient, present, learning_rate):
-    z -= learning_rate * gradient
-
-
-def one_run(argv):
-    """fastmix.py, or with --doge or --doremi PATH first, fastmix.py with another rule."""
-    sys.path.insert(0, str(ROOT))
-    import fastmix
-    if argv[0] == "--doge":
-        argv = argv[1:]
-        doge(fastmix)
-    elif argv[0] == "--doremi":
-        doremi(fastmix, argv[1])
-        argv = argv[2:]
-    sys.argv = ["fastmix.py", *argv]
-    fastmix.main()
+    return {"batch_loss": with_excess, "mixture_gradient": gradient, "mixture_step": gradient_step}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # runs
 
+def train(argv, patches=None):
+    """One run of fastmix.py in this process. Returns its mixture.json and the rows of its log."""
+    out = Path(argv[argv.index("--out_dir") + 1])
+    with (mock.patch.multiple(fastmix, **patches) if patches else contextlib.nullcontext(),
+          mock.patch.object(sys, "argv", ["fastmix.py", *argv]),
+          open(f"{out}.txt", "w") as text, contextlib.redirect_stdout(text)):
+        fastmix.main()
+    Path(f"{out}.txt").unlink()
+    return json.loads((out / "mixture.json").read_text()), [json.loads(r) for r in open(out / "log.jsonl")]
+
+
+def one_run(work, job):
+    """A job, as Bench.add() makes it -> its line of the results. Runs in a process of the pool."""
+    torch.set_num_threads(1)
+    sources, target = TASKS[job["task"]]
+    with tempfile.TemporaryDirectory(dir=work) as folder:
+        mixture = job["mixture"]
+        if isinstance(mixture, list):  # a trajectory: rows of (step, weights)
+            rows = [json.dumps({"step": s, "alpha": dict(zip(sources.split(","), a))}) + "\n" for s, a in mixture]
+            Path(folder, "log.jsonl").write_text("".join(rows))
+            mixture = str(Path(folder, "log.jsonl"))
+        elif isinstance(mixture, dict):
+            mixture = ",".join(f"{n}={w:.6f}" for n, w in mixture.items())
+        steps, n_test = job["steps"], 2**17 // len(target.split(","))
+        flags = ["--sources", sources, "--target", target, "--seed", job["seed"], "--max_steps", steps,
+                 *(x for k, v in SIZES[job["size"]].items() for x in ("--" + k, v)), "--eval_every", steps,
+                 "--log_every", max(1, steps // 40), "--test_tokens", n_test, "--data_dir",
+                 Path(work, "data"), "--device", "cpu", "--out_dir", Path(folder, "out"), *job["flags"],
+                 *(["--mixture", mixture] if mixture else [])]
+        patches = None
+        if job["what"] == "search DoGE":
+            patches = doge()
+        elif job["what"] == "search DoReMi":
+            patches = doremi(Path(work, f"reference-{job['task']}-{job['seed']}-{steps}.pt"))
+        found, log = train(list(map(str, flags)), patches)
+        if job["what"] == "uniform" and job["size"] == "base":  # DoReMi's reference model
+            shutil.copy(Path(folder, "out", "ckpt.pt"), Path(work, f"reference-{job['task']}-{job['seed']}-{steps}.pt"))
+    result = {k: job[k] for k in KEY}
+    result |= {"test_loss": round(found["test_loss"], 5), "seconds": found["seconds"]}
+    if found["searched"]:
+        result["mixtures"] = {n: [round(w, 5) for w in m.values()] for n, m in found["mixtures"].items()}
+        result["trajectory"] = [[r["step"], [round(w, 4) for w in r["alpha"].values()]] for r in log]
+    elif not isinstance(job["mixture"], list):
+        result["mixture"] = [round(w, 5) for w in found["mixture"].values()]
+    return result
+
+
 class Bench:
-    """Runs by key, each once: {"task", "what", "seed", ...} -> its line in results.jsonl."""
+    """Jobs and results; both are known by (task, what, seed, steps, size)."""
 
     def __init__(self, args):
         self.args, self.work = args, Path(args.work)
         self.path = self.work / "results.jsonl"
         self.work.mkdir(parents=True, exist_ok=True)
-        lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
-        lines = [line for line in lines if line.endswith("\n")]  # the last may be cut short
-        self.results = {self.key(r): r for r in map(json.loads, lines)}
-        self.pool = ThreadPoolExecutor(args.jobs)
+        self.results = load(self.path)
+        self.jobs = {}
 
-    @staticmethod
-    def key(r):
-        return r["task"], r["what"], r["seed"], r["steps"]
+    def get(self, task, what, seed, steps=None, size="base"):
+        return self.results.get((task, what, seed, steps or self.args.steps, size))
 
-    def submit(self, task, what, seed, *flags):
-        """A future of the run's result."""
-        return self.pool.submit(self.run, task, what, seed, flags)
+    def add(self, task, what, seed, mixture=None, flags=(), steps=None, size="base"):
+        """Asks for a run; with no mixture it is a search."""
+        key = (task, what, seed, steps or self.args.steps, size)
+        if key not in self.results:
+            self.jobs[key] = dict(zip(KEY, key), mixture=mixture, flags=list(flags))
 
-    def run(self, task, what, seed, flags):
-        key = (task, what, seed, self.args.steps)
-        if key in self.results:
-            return self.results[key]
-        sources, target = TASKS[task]
-        out = self.work / "-".join(map(str, key)).replace(" ", "_").replace("/", "_")
-        steps = ["--max_steps", self.args.steps] if "--max_steps" not in flags else []
-        argv = [*flags, "--sources", sources, "--target", target, "--seed", seed, *steps, "--data_dir",
-                self.work / "data", "--out_dir", out, "--overwrite", "--log_every", max(1, self.args.steps // 50),
-                "--eval_every", self.args.steps, "--test_tokens", 2**19, "--device", "cpu"]
-        process = subprocess.run([sys.executable, __file__, "--one_run", *map(str, argv)], text=True,
-                                 capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-        if process.returncode:
-            sys.exit(f"{task}, {what}, seed {seed}: {process.stderr}")
-        found = json.loads((out / "mixture.json").read_text())
-        result = {"task": task, "what": what, "seed": seed, "steps": self.args.steps, "test_loss": found["test_loss"],
-                  "mixtures": found["mixtures"], "seconds": found["seconds"], "searched": found["searched"]}
-        with open(self.path, "a") as f:
-            f.write(json.dumps(result) + "\n")
-        self.results[key] = result
-        print(f"{task:7s} {what:44s} seed {seed}: {result['test_loss']:.4f}  ({result['seconds']:.0f} s)", flush=True)
-        if not found["searched"] and "reference" not in what:
-            shutil.rmtree(out)
-        return result
-
-    def fixed(self, task, what, seed, mixture):
-        text = mixture if isinstance(mixture, str) else ",".join(f"{n}={w:.6f}" for n, w in mixture.items())
-        return self.submit(task, what, seed, "--mixture", text)
+    def run(self):
+        """Runs what was asked for, each result written as it comes."""
+        if self.jobs:
+            context = multiprocessing.get_context("fork")  # torch is imported once
+            with ProcessPoolExecutor(self.args.jobs, mp_context=context) as pool, open(self.path, "a") as f:
+                pending = {pool.submit(one_run, str(self.work), job): job for job in self.jobs.values()}
+                for n, future in enumerate(as_completed(pending), 1):
+                    try:
+                        result = future.result()
+                    except BaseException:
+                        pool.shutdown(cancel_futures=True)
+                        print("failed:", pending[future], file=sys.stderr)
+                        raise
+                    f.write(json.dumps(result) + "\n")
+                    f.flush()
+                    self.results[key_of(result)] = result
+                    print(f"{n}/{len(pending)} {result['task']:7s} {result['what']:32s} seed {result['seed']} "
+                          f"{result['size']} {result['steps']}: {result['test_loss']:.4f}  ({result['seconds']:.0f} s)",
+                          flush=True)
+        self.jobs = {}
 
 
-def regmix(results, names, n, rng):
-    """
-    RegMix (Liu et al., arXiv 2407.01492) with a quadratic regression in place of trees: fits the test loss of n runs at
-    random mixtures, and averages the 100 best predicted of 100,000 further random mixtures.
-    """
-    def features(m):  # (R, K) -> 1, m, m_i m_j
-        pairs = [m[:, i] * m[:, j] for i in range(m.shape[1]) for j in range(i, m.shape[1])]
-        return np.column_stack([np.ones(len(m)), m, *pairs])
-    m = np.array([[r["mixtures"]["last"][k] for k in names] for r in results[:n]])
-    y = np.array([r["test_loss"] for r in results[:n]])
-    X = features(m)
-    weights = np.linalg.solve(X.T @ X + 1e-3 * np.eye(X.shape[1]), X.T @ (y - y.mean()))
-    candidates = rng.dirichlet(np.ones(len(names)), 100_000)
-    best = candidates[np.argsort(features(candidates) @ weights)[:100]].mean(0)
-    return dict(zip(names, best.tolist()))
+def key_of(result):
+    return tuple(result[k] for k in KEY)
 
 
-def run_task(bench, task, args):
-    names = TASKS[task][0].split(",")
-    seeds, pending = range(1, args.seeds + 1), []
-    for seed in seeds:
-        pending += [bench.fixed(task, m, seed, m) for m in ("uniform", "proportional")]
-    pending += [bench.fixed(task, f"only {n}", 1, {n: 1.0}) for n in names]
-    searches = {}
-    for what, flags in SEARCHES.items():
-        if what in args.searches:
-            for seed in seeds:
-                if what == "DoReMi":
-                    reference = bench.submit(task, "reference", seed, "--mixture", "uniform")
-                    reference.result()
-                    out = bench.work / f"{task}-reference-{seed}-{args.steps}" / "ckpt.pt"
-                    flags = ["--doremi", out, "--learning_rate_mixture", 0.1]
-                elif what == "DoGE":
-                    flags = ["--doge", "--learning_rate_mixture", 0.02]
-                searches[what, seed] = bench.submit(task, f"search {what}", seed, *flags)
-    rng = np.random.default_rng(0)
-    random = [bench.fixed(task, f"random {i}", 1, dict(zip(names, rng.dirichlet(np.ones(len(names))).tolist())))
-              for i in range(args.random)]
-    for (what, seed), search in searches.items():
-        found = search.result()
-        for m in MIXTURES if what.startswith(("eps", "every")) else ("run_average",):
-            pending.append(bench.fixed(task, f"{what}: {m}", seed, found["mixtures"][m]))
-        if what == "eps 0.25":
-            out = bench.work / f"{task}-search_eps_0.25-{seed}-{args.steps}" / "log.jsonl"
-            if out.exists() or (task, f"{what}: trajectory", seed, args.steps) in bench.results:
-                pending.append(bench.fixed(task, f"{what}: trajectory", seed, str(out)))
-    done = [r.result() for r in random]
-    for n in (8, 16, 32, 64):
-        if n <= args.random:
-            best = regmix(done, names, n, np.random.default_rng(n))
-            pending += [bench.fixed(task, f"RegMix {n}", seed, best) for seed in seeds]
-    done += [r.result() for r in pending]
-    # the best fixed mixtures seen so far, on all seeds: the ground truth that regret is measured against
-    fixed = sorted((r for r in bench.results.values() if r["task"] == task and r["steps"] == args.steps
-                    and not r["searched"] and "trajectory" not in r["what"] and r["seed"] == 1),
-                   key=lambda r: r["test_loss"])
-    for r in fixed[:3]:
-        for future in [bench.fixed(task, r["what"], seed, r["mixtures"]["last"]) for seed in seeds]:
-            future.result()
+def load(path):
+    lines = Path(path).read_text().splitlines(keepends=True) if Path(path).exists() else []
+    results = [json.loads(line) for line in lines if line.endswith("\n")]  # the last may be cut short
+    return {key_of(r): r for r in results}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# table and figure
+# the comparison
 
-def summary(results, steps):
-    """{task: {method: (mean loss, spread over seeds, number of seeds, cost in proxy runs)}}."""
-    found = {}
-    for r in results:
-        if r["steps"] == steps and r["what"] != "reference":
-            found.setdefault(r["task"], {}).setdefault(r["what"], []).append(r)
-    table = {}
-    for task, runs in found.items():
-        unit = np.median([r["seconds"] for r in runs.get("uniform", [])] or [np.nan])
-        table[task] = {}
-        for what, rows in runs.items():
-            loss = [r["test_loss"] for r in rows]
-            search = runs.get(f"search {what.split(':')[0]}")
-            cost = (np.median([r["seconds"] for r in search]) / unit if search and ":" in what
-                    else int(what.split()[1]) if what.startswith("RegMix") else 0)
-            table[task][what] = (np.mean(loss), np.ptp(loss), len(loss), cost)
-    return table
+def random_mixtures(K, n):
+    return np.random.default_rng(0).dirichlet(np.ones(K), n)
+
+
+def features(m):
+    """(R, K) -> (R, 1 + K (K + 3) / 2): 1, m_i and m_i m_j."""
+    pairs = [m[:, i] * m[:, j] for i in range(m.shape[1]) for j in range(i, m.shape[1])]
+    return np.column_stack([np.ones(len(m)), m, *pairs])
+
+
+def regmix(mixtures, losses):
+    """
+    RegMix (Liu et al., arXiv 2407.01492) with ridge regression on quadratic features in place of trees, the penalty
+    chosen by leave-one-out error: the average of the 100 best predicted among 100,000 random mixtures. mixtures (R, K),
+    losses (R,) -> (K,).
+    """
+    X, y = features(mixtures)[:, 1:], losses - losses.mean()
+    mean = X.mean(0)
+    X = X - mean
+    best = None
+    for penalty in 10.0 ** np.arange(-6, 2):
+        hat = X @ np.linalg.solve(X.T @ X + penalty * np.eye(X.shape[1]), X.T)
+        error = ((y - hat @ y) / (1 - np.diag(hat) - 1 / len(y))) ** 2
+        if best is None or error.mean() < best[0]:
+            best = error.mean(), np.linalg.solve(X.T @ X + penalty * np.eye(X.shape[1]), X.T @ y)
+    candidates = np.random.default_rng(1).dirichlet(np.ones(mixtures.shape[1]), 100_000)
+    predicted = (features(candidates)[:, 1:] - mean) @ best[1]
+    return candidates[np.argsort(predicted)[:100]].mean(0)
+
+
+def compare(bench, args):
+    """Stage by stage over all tasks, so that the pool is never short of jobs."""
+    first = args.seeds[0]
+    for task in args.tasks:
+        names = TASKS[task][0].split(",")
+        for seed in args.seeds:
+            for m in ("uniform", "proportional"):
+                bench.add(task, m, seed, m)
+        for what, flags in SEARCHES.items():
+            for seed in args.seeds if what in args.searches and what != "DoReMi" else ():
+                bench.add(task, f"search {what}", seed, flags=flags)
+        for n in names:
+            bench.add(task, f"only {n}", first, {n: 1.0})
+        for i, m in enumerate(random_mixtures(len(names), args.random)):
+            bench.add(task, f"random {i}", first, dict(zip(names, m)))
+    bench.run()
+    for task in args.tasks if "DoReMi" in args.searches else ():  # their references are the uniform runs
+        for seed in args.seeds:
+            bench.add(task, "search DoReMi", seed, flags=SEARCHES["DoReMi"])
+    bench.run()
+    for task in args.tasks:
+        names = TASKS[task][0].split(",")
+        for what in args.searches:
+            for seed in args.seeds:
+                found = bench.get(task, f"search {what}", seed)
+                for m in SUMMARIES[what]:
+                    mixture = found["trajectory"] if m == "trajectory" else dict(zip(names, found["mixtures"][m]))
+                    bench.add(task, f"{what}: {m}", seed, mixture)
+        done = [bench.get(task, f"random {i}", first) for i in range(args.random)]
+        for n in (8, 16, 32, 64):
+            if n <= args.random:
+                best = regmix(np.array([r["mixture"] for r in done[:n]]), np.array([r["test_loss"] for r in done[:n]]))
+                for seed in args.seeds:
+                    bench.add(task, f"RegMix {n}", seed, dict(zip(names, best)))
+    bench.run()
+    # the best fixed mixtures ever run, on all seeds: the ground truth that regret is measured against
+    for task in args.tasks:
+        names = TASKS[task][0].split(",")
+        fixed = [r for r in bench.results.values() if r["task"] == task and r["steps"] == args.steps
+                 and r["size"] == "base" and "mixture" in r and r["seed"] == first]
+        for r in sorted(fixed, key=lambda r: r["test_loss"])[: args.best]:
+            what = r["what"] if r["what"].startswith(("only", "random", "uniform", "prop", "RegMix")) \
+                else f"best, from {r['what']}"
+            for seed in args.seeds:
+                bench.add(task, what, seed, dict(zip(names, r["mixture"])))
+    bench.run()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the other questions
+
+def study_alignments(work, job):
+    """
+    Does the shortcut hold? For checkpoints early, in the middle and at the end of a search: each source's alignment at
+    the head (formula (2)), its alignment over all parameters, and the target's true change of loss after one AdamW step
+    on the source alone, each from the same 512 sequences a source. Yields one line of the results a checkpoint.
+    """
+    torch.set_num_threads(1)
+    names, target_names = (t.split(",") for t in TASKS[job["task"]])
+    steps, save = job["steps"], fastmix.save_atomically
+    with tempfile.TemporaryDirectory(dir=work) as folder:
+        def keep(path, write):
+            save(path, write)
+            if path.name == "ckpt.pt":
+                shutil.copy(path, Path(folder, f"{torch.load(path, weights_only=True)['step']}.pt"))
+        train(list(map(str, ["--sources", ",".join(names), "--target", ",".join(target_names), "--seed", job["seed"],
+                             "--max_steps", steps, *(x for k, v in SIZES["base"].items() for x in ("--" + k, v)),
+                             "--eval_every", steps // 10, "--eval_tokens", 64, "--test_tokens", 64, "--data_dir",
+                             Path(work, "data"), "--device", "cpu", "--out_dir", Path(folder, "out")])),
+              {"save_atomically": keep})
+        lines = []
+        for step in (steps // 10, steps // 2, steps):
+            ckpt = torch.load(Path(folder, f"{step}.pt"), weights_only=True)
+            lines.append({**job, "what": f"alignments at {step / steps:g}", **measure(work, names, target_names, ckpt)})
+    return lines
+
+
+def measure(work, names, target_names, ckpt):
+    args = argparse.Namespace(**ckpt["args"])
+    sets = {n: fastmix.TokenSet(Path(work, "data"), n, args.block_size) for n in {*names, *target_names}}
+    rng = torch.Generator().manual_seed(0)
+
+    def batch(chosen, split, n):
+        u = torch.rand(n + 1, generator=rng, dtype=torch.float64).numpy()
+        return fastmix.gather(chosen, split, fastmix.draw(np.ones(len(chosen)), u), u[1:])
+
+    def model_and_optimizer():
+        net = fastmix.GPT(fastmix.GPTConfig(**ckpt["config"]))
+        net.load_state_dict(ckpt["model"])
+        optimizer = net.configure_optimizer(args.learning_rate, args.weight_decay, (0.9, 0.95), fused=False)
+        optimizer.load_state_dict(ckpt["optimizer"])  # with the learning rate of its step
+        return net, optimizer
+
+    def loss(net, x, y):
+        return fastmix.fused_cross_entropy(net(x).flatten(0, 1), net.lm_head.weight, y.flatten())[0]
+
+    def gradient(net, x, y):
+        return torch.cat([g.flatten() for g in torch.autograd.grad(loss(net, x, y), list(net.parameters()))])
+
+    net, _ = model_and_optimizer()
+    x_val, y_val = batch([sets[n] for n in target_names], "val", 512)
+    G_val = fastmix.target_gradient(net, net.lm_head.weight, x_val, y_val, y_val.numel())
+    g_val = gradient(net, x_val, y_val)
+    with torch.no_grad():
+        before = loss(net, x_val, y_val).item()
+    found = {"head": [], "all": [], "change": []}
+    for name in names:
+        head, full, change = [], [], []
+        for _ in range(8):
+            x, y = batch([sets[name]], "train", 64)
+            with torch.no_grad():
+                _, _, alignment = fastmix.batch_loss(net, net.lm_head.weight, x, y, torch.ones(64), y.numel(), G_val)
+                head.append(alignment.mean())
+            full.append(gradient(net, x, y) @ g_val)
+            moved, optimizer = model_and_optimizer()
+            loss(moved, x, y).backward()
+            torch.nn.utils.clip_grad_norm_(moved.parameters(), args.grad_clip)
+            optimizer.step()
+            with torch.no_grad():
+                change.append(loss(moved, x_val, y_val).item() - before)
+        for key, values in (("head", head), ("all", full), ("change", change)):
+            found[key].append(float(f"{np.mean([float(v) for v in values]):.4g}"))
+    return found
+
+
+def alignments(bench, args):
+    jobs = [{"task": task, "what": "alignments", "seed": seed, "steps": args.steps, "size": "base"}
+            for task in args.tasks for seed in args.seeds
+            if not bench.get(task, "alignments at 1", seed)]
+    with ProcessPoolExecutor(args.jobs, mp_context=multiprocessing.get_context("fork")) as pool:
+        for future in as_completed([pool.submit(study_alignments, str(bench.work), job) for job in jobs]):
+            with open(bench.path, "a") as f:
+                for line in future.result():
+                    f.write(json.dumps(line) + "\n")
+                    bench.results[key_of(line)] = line
+                    print(line["task"], line["what"], "seed", line["seed"], flush=True)
+
+
+def best_fixed(results, task, args):
+    """The best mixture known, by its mean over all seeds, as (what, mixture)."""
+    by_what = {}
+    for r in results.values():
+        if r["task"] == task and r["steps"] == args.steps and r["size"] == "base" and "mixture" in r:
+            by_what.setdefault(r["what"], {})[r["seed"]] = r
+    whole = {what: runs for what, runs in by_what.items() if set(args.seeds) <= runs.keys()
+             and len({tuple(r["mixture"]) for r in runs.values()}) == 1}  # one mixture on all seeds
+    best = min(whole, key=lambda what: np.mean([whole[what][s]["test_loss"] for s in args.seeds]))
+    return best, whole[best][args.seeds[0]]["mixture"]
+
+
+def use_elsewhere(bench, args, seeds, **where):
+    """What was found with the small proxy, at another size or length of training."""
+    for task in args.tasks:
+        names = TASKS[task][0].split(",")
+        for seed in seeds:
+            found = bench.get(task, "search FastMix", seed)
+            average = dict(zip(names, found["mixtures"]["last_half_average"]))
+            for what, mixture in (("uniform", "uniform"), ("proportional", "proportional"),
+                                  ("FastMix: last_half_average", average),
+                                  ("FastMix: trajectory", found["trajectory"]),
+                                  ("best fixed", dict(zip(names, best_fixed(bench.results, task, args)[1])))):
+                bench.add(task, what, seed, mixture, **where)
+    bench.run()
+
+
+SENSITIVITY = {
+    "learning_rate_mixture": (0.002, 0.005, 0.01, 0.02, 0.05, 0.1), "outer_every": (1, 4, 20, 100),
+    "target_batch_size": (1, 2, 4, 8, 32), "seed": (),  # of the runs that are there anyway
+    "start_mixture": ("uniform", "proportional", "noise=0.9,python=0.02,cpp=0.02,prose=0.02,math=0.02,legal=0.02")}
+
+
+def sensitivity(bench, args):
+    names = TASKS["numpy"][0].split(",")
+    for flag, values in SENSITIVITY.items():
+        for value in values:
+            for seed in args.seeds:
+                bench.add("numpy", f"search {flag} {value}", seed, flags=["--" + flag, value])
+    bench.run()
+    for flag, values in SENSITIVITY.items():
+        for value in values:
+            for seed in args.seeds:
+                found = bench.get("numpy", f"search {flag} {value}", seed)["mixtures"]["last_half_average"]
+                bench.add("numpy", f"{flag} {value}: last_half_average", seed, dict(zip(names, found)))
+    bench.run()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# tables and figures
+
+def flops(size, steps, search=None, block_size=64, batch_size=16, target_batch_size=8, V=257):
+    """
+    Of one run: 2 a weight and token forward and 4 backward (Kaplan et al., arXiv 2001.08361), attention 2 T C a token,
+    layer and pass. A search adds the target's forward pass, its head gradient and the alignments' matmul.
+    """
+    L, C = SIZES[size]["n_layer"], SIZES[size]["n_embd"]
+    forward = 2 * (12 * L * C**2 + V * C) + 2 * L * block_size * C
+    tokens, cost = batch_size * block_size, 3 * forward
+    extra = 0.0
+    if search == "DoReMi":
+        extra = tokens * forward  # the reference model reads along
+    elif search:
+        extra = (target_batch_size * block_size * (forward + 2 * V * C) + tokens * 2 * V * C) \
+            / (20 if search == "every 20" else 1)
+    return steps * (tokens * cost + extra)
+
+
+def cost_of(what, args):
+    """In runs of the proxy at a fixed mixture; the run at the mixture that comes out is everybody's and not counted."""
+    run, method = flops("base", args.steps), what.split(":")[0]
+    if what.startswith("RegMix"):
+        return int(what.split()[1])
+    if method in SEARCHES:
+        return flops("base", args.steps, method) / run + (method == "DoReMi")
+    return 0.0
+
+
+def losses(results, task, what, seeds, steps, size="base"):
+    """(S,) test losses, or None where one is missing."""
+    rows = [results.get((task, what, seed, steps, size)) for seed in seeds]
+    return np.array([r["test_loss"] for r in rows]) if all(rows) else None
+
+
+ROWS = {"uniform": "uniform", "proportional": "proportional to tokens", "best single source": "best single source",
+        "FastMix: last_half_average": "**FastMix, average of the last half**", "FastMix: last": "FastMix, last mixture",
+        "FastMix: run_average": "FastMix, average of the run", "FastMix: trajectory": "**FastMix, replayed trajectory**",
+        "eps 0: last_half_average": "`--uniform_share 0`", "eps 0: trajectory": "`--uniform_share 0`, replayed",
+        "eps 1: last_half_average": "`--uniform_share 1`", "eps 1: trajectory": "`--uniform_share 1`, replayed",
+        "every 20: last_half_average": "`--outer_every 20`", "every 20: trajectory": "`--outer_every 20`, replayed",
+        "DoGE: run_average": "DoGE's rule", "DoReMi: run_average": "DoReMi's rule",
+        **{f"RegMix {n}": f"RegMix-style, {n} runs" for n in (8, 16, 32, 64)}}
+
+
+def regret(results, task, what, args):
+    """(S,) how much worse than the best fixed mixture known, in % of its loss, seed by seed; None if not all ran."""
+    if what == "best single source":
+        single = [r for r in results.values() if r["task"] == task and r["what"].startswith("only ")
+                  and r["steps"] == args.steps and r["size"] == "base" and r["seed"] == args.seeds[0]]
+        what = min(single, key=lambda r: r["test_loss"])["what"] if single else what
+    best = losses(results, task, best_fixed(results, task, args)[0], args.seeds, args.steps)
+    loss = losses(results, task, what, args.seeds, args.steps)
+    return None if loss is None else 100 * (loss / best - 1)
+
+
+def cell(values):
+    return "" if values is None else f"{values.mean():+.2f} ({values.min():+.2f} to {values.max():+.2f})"
 
 
 def show(args):
-    results = [json.loads(line) for line in open(Path(args.work, "results.jsonl"))]
-    table = summary(results, args.steps)
-    for task, rows in table.items():
-        seeds = max(n for _, _, n, _ in rows.values())
-        best = min(loss for what, (loss, _, n, _) in rows.items()
-                   if n == seeds and "trajectory" not in what and not what.startswith("search"))
-        print(f"\n{task}: {args.steps} steps, best known fixed mixture {best:.4f} nats a token")
-        print(f"{'':36s} {'loss':>8s} {'regret':>8s} {'spread':>8s} {'seeds':>6s} {'cost':>6s}")
-        for what, (loss, spread, n, cost) in sorted(rows.items(), key=lambda i: i[1][0]):
-            if n == seeds:
-                print(f"{what:36s} {loss:8.4f} {100 * (loss / best - 1):7.2f}% {100 * spread / loss:7.2f}% {n:6d} {cost:6.2f}")
-    figure(table, Path(args.work, "mixtures.png"))
+    results = load(args.results)
+    tasks = [t for t in args.tasks if losses(results, t, "uniform", args.seeds, args.steps) is not None]
+    print(f"{args.steps} steps, seeds {', '.join(map(str, args.seeds))}; regret: % of the loss above the best fixed "
+          "mixture known, mean over the seeds (lowest to highest)\n")
+    print("| | cost | " + " | ".join(TITLES[t] for t in tasks) + " |\n| --- | --- |" + " --- |" * len(tasks))
+    for what, title in ROWS.items():
+        cells = [cell(regret(results, t, what, args)) for t in tasks]
+        if any(cells):
+            print(f"| {title} | {cost_of(what, args):.2f} | " + " | ".join(cells) + " |")
+    for task in tasks:
+        best, mixture = best_fixed(results, task, args)
+        loss = losses(results, task, best, args.seeds, args.steps)
+        uniform = losses(results, task, "uniform", args.seeds, args.steps)
+        names = TASKS[task][0].split(",")
+        print(f"\n{task}: best fixed mixture known {loss.mean():.4f} nats a token ({best}: "
+              + ", ".join(f"{n} {w:.2f}" for n, w in zip(names, mixture))
+              + f"); uniform {uniform.mean():.4f}, its seeds differ by {100 * np.ptp(uniform) / uniform.mean():.2f}%")
+        for seed in args.seeds:
+            found = results.get((task, "search FastMix", seed, args.steps, "base"))
+            if found:
+                print(f"    seed {seed} found " + ", ".join(
+                    f"{n} {w:.2f}" for n, w in zip(names, found["mixtures"]["last_half_average"])))
+    seconds = {kind: np.median([r["seconds"] for r in results.values() if r["size"] == "base"
+                                and r["steps"] == args.steps and r["what"] == kind] or [np.nan])
+               for kind in ("uniform", "search FastMix")}
+    print(f"\na run {flops('base', args.steps):.3g} FLOPs, {seconds['uniform']:.0f} s; a search "
+          f"{flops('base', args.steps, 'FastMix'):.3g} FLOPs, {seconds['search FastMix']:.0f} s")
+    show_alignments(results, args)
+    for title, steps, size in ((f"{STRETCH} times as many steps", STRETCH * args.steps, "base"),
+                               ("a model 7 times as large", args.steps, "large")):
+        show_elsewhere(results, tasks, title, steps, size)
+    folder = Path(args.results).parent
+    figure(results, tasks, args, folder / "mixtures.png")
+    figure_sensitivity(results, args, folder / "sensitivity.png")
 
 
-def figure(table, path):
+def ranks(values):
+    return np.argsort(np.argsort(values))
+
+
+def show_alignments(results, args):
+    """Spearman's rank correlations over the sources, averaged over tasks and seeds."""
+    for at in ("0.1", "0.5", "1"):
+        rows = [r for r in results.values() if r["what"] == f"alignments at {at}" and r["steps"] == args.steps]
+        if rows:
+            pairs = {"all parameters": [np.corrcoef(ranks(r["head"]), ranks(r["all"]))[0, 1] for r in rows],
+                     "true change": [np.corrcoef(ranks(r["head"]), ranks(-np.array(r["change"])))[0, 1] for r in rows],
+                     "all parameters with true change":
+                         [np.corrcoef(ranks(r["all"]), ranks(-np.array(r["change"])))[0, 1] for r in rows]}
+            print(f"head-only alignments at {at} of the run ({len(rows)} searches), rank correlation with "
+                  + "; ".join(f"{k}: {np.mean(v):.2f} (lowest {np.min(v):.2f})" for k, v in pairs.items()))
+
+
+def show_elsewhere(results, tasks, title, steps, size):
+    seeds = sorted({r["seed"] for r in results.values() if r["steps"] == steps and r["size"] == size
+                    and r["what"] == "FastMix: trajectory"})
+    if not seeds:
+        return
+    print(f"\n{title}: % of uniform's loss, seeds {', '.join(map(str, seeds))}\n")
+    print("| | " + " | ".join(TITLES[t] for t in tasks) + " |\n| --- |" + " --- |" * len(tasks))
+    for what in ("proportional", "best fixed", "FastMix: last_half_average", "FastMix: trajectory"):
+        cells = []
+        for task in tasks:
+            ran = [s for s in seeds if losses(results, task, "uniform", [s], steps, size) is not None
+                   and losses(results, task, what, [s], steps, size) is not None]
+            cells.append(cell(100 * (losses(results, task, what, ran, steps, size)
+                                     / losses(results, task, "uniform", ran, steps, size) - 1) if ran else None))
+        print(f"| {ROWS.get(what, 'best fixed mixture of the small runs')} | " + " | ".join(cells) + " |")
+
+
+def figure(results, tasks, args, path):
     """Regret against the cost of the search, one panel a task."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    fig, axes = plt.subplots(1, len(table), figsize=(4 * len(table), 4), dpi=110, squeeze=False, layout="constrained")
-    for ax, (task, rows) in zip(axes[0], table.items()):
-        seeds = max(n for _, _, n, _ in rows.values())
-        rows = {w: r for w, r in rows.items() if r[2] == seeds and not w.startswith(("search", "random", "only"))}
-        best = min(r[0] for w, r in rows.items() if "trajectory" not in w)
-        regmix_points = sorted((r[3], 100 * (r[0] / best - 1)) for w, r in rows.items() if w.startswith("RegMix"))
-        if regmix_points:
-            ax.plot(*zip(*regmix_points), "o-", color="#999999", label="RegMix-style")
-        for i, (what, colour) in enumerate((("eps 0.25: last_half_average", "#0072B2"), ("eps 0.25: trajectory", "#56B4E9"),
-                                            ("DoGE: run_average", "#E69F00"), ("DoReMi: run_average", "#CC79A7"))):
-            if what in rows:
-                ax.plot(rows[what][3], 100 * (rows[what][0] / best - 1), "D", color=colour, label=what, markersize=8)
+    fig, axes = plt.subplots(1, len(tasks), figsize=(3.4 * len(tasks), 3.8), dpi=110, squeeze=False,
+                             layout="constrained", sharey=False)
+    points = (("FastMix: last_half_average", "#0072B2", "o", "FastMix, last half"),
+              ("FastMix: trajectory", "#56B4E9", "D", "FastMix, replayed"),
+              ("DoGE: run_average", "#E69F00", "^", "DoGE's rule"),
+              ("DoReMi: run_average", "#CC79A7", "v", "DoReMi's rule"))
+    for ax, task in zip(axes[0], tasks):
+        def points_of(whats):
+            found = [(cost_of(w, args), regret(results, task, w, args)) for w in whats]
+            return [(c, r.mean(), r.mean() - r.min(), r.max() - r.mean()) for c, r in found if r is not None]
         for what, style in (("uniform", "--"), ("proportional", ":")):
-            if what in rows:
-                ax.axhline(100 * (rows[what][0] / best - 1), color="#222222", linestyle=style, linewidth=1, label=what)
-        ax.set(title=task, xlabel="cost of the search, proxy runs", ylabel="regret, % of the loss", xscale="symlog")
-    axes[0][0].legend(fontsize=8)
+            r = regret(results, task, what, args)
+            if r is not None:
+                ax.axhline(r.mean(), color="#666666", linestyle=style, linewidth=1, label=what)
+        ax.axhline(0, color="#222222", linewidth=1, label="best fixed mixture known")
+        for whats, colour, marker, label in [([f"RegMix {n}" for n in (8, 16, 32, 64)], "#009E73", "s", "RegMix-style"),
+                                             *(([w], c, m, text) for w, c, m, text in points)]:
+            found = np.array(points_of(whats))
+            if len(found):
+                ax.errorbar(found[:, 0], found[:, 1], yerr=found[:, 2:].T, color=colour, marker=marker, markersize=6,
+                            linewidth=1, capsize=2, label=label)
+        ax.set(title=TITLES[task], xlabel="cost of the search (proxy runs)", xscale="log", xlim=(0.8, 90))
+        ax.set_xticks([1, 2, 4, 8, 16, 32, 64], ["1", "2", "4", "8", "16", "32", "64"], minor=False)
+        ax.minorticks_off()
+        ax.spines[["top", "right"]].set_visible(False)
+    axes[0][0].set_ylabel("loss above the best fixed mixture, %")
+    fig.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8, frameon=False)
     fig.savefig(path)
     print(f"\nwrote {path}")
 
 
+def figure_sensitivity(results, args, path):
+    """Toward numpy: test loss after training at the mixture found with one setting changed."""
+    if not results.get(("numpy", "outer_every 1: last_half_average", args.seeds[0], args.steps, "base")):
+        return
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    fig, axes = plt.subplots(1, len(SENSITIVITY), figsize=(14, 3.4), dpi=110, sharey=True, layout="constrained")
+    uniform = losses(results, "numpy", "uniform", args.seeds, args.steps).mean()
+    best = losses(results, "numpy", best_fixed(results, "numpy", args)[0], args.seeds, args.steps).mean()
+    for ax, (flag, values) in zip(axes, SENSITIVITY.items()):
+        if flag == "seed":
+            values = args.seeds
+            found = [losses(results, "numpy", "FastMix: last_half_average", [s], args.steps) for s in values]
+        else:
+            found = [losses(results, "numpy", f"{flag} {v}: last_half_average", args.seeds, args.steps) for v in values]
+        labels = ["mostly noise" if "=" in str(v) else str(v) for v in values]
+        for i, y in enumerate(found):
+            if y is not None:
+                ax.plot([i] * len(y), y, "o", color="#56B4E9", markersize=4)
+                ax.plot(i, y.mean(), "_", color="#0072B2", markersize=16, markeredgewidth=2)
+        ax.axhline(uniform, color="#666666", linestyle="--", linewidth=1)
+        ax.axhline(best, color="#222222", linewidth=1)
+        ax.set_xticks(range(len(values)), labels, fontsize=8, rotation=20 if flag == "start_mixture" else 0)
+        ax.set(title=f"--{flag}", xlim=(-0.6, len(values) - 0.4))
+        ax.title.set_fontsize(9)
+        ax.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel("test loss at the mixture found, nats")
+    axes[0].annotate("uniform", (0, uniform), xytext=(0, 3), textcoords="offset points", fontsize=8, color="#666666")
+    axes[0].annotate("best fixed mixture known", (0, best), xytext=(0, -10), textcoords="offset points", fontsize=8)
+    fig.savefig(path)
+    print(f"wrote {path}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+STAGES = {"compare": compare, "alignments": alignments,
+          "stretch": lambda bench, args: use_elsewhere(bench, args, args.seeds, steps=STRETCH * args.steps),
+          "transfer": lambda bench, args: use_elsewhere(bench, args, args.seeds, size="large"),
+          "sensitivity": sensitivity}
+
+
 def main():
-    if sys.argv[1:2] == ["--one_run"]:
-        return one_run(sys.argv[2:])
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--work", default="out-bench")
-    p.add_argument("--tasks", type=lambda t: t.split(","), default=list(TASKS))
-    p.add_argument("--seeds", type=int, default=3)
-    p.add_argument("--steps", type=int, default=1200)
-    p.add_argument("--random", type=int, default=64, help="runs at random mixtures, for the RegMix-style search")
-    p.add_argument("--searches", type=lambda t: t.split(","), default=list(SEARCHES))
-    p.add_argument("--jobs", type=int, default=2)
+    p.add_argument("--work", default="out-bench", help="data, results and figures")
+    p.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    p.add_argument("--stages", nargs="+", choices=STAGES, default=["compare"])
+    p.add_argument("--searches", nargs="+", choices=SEARCHES, default=list(SEARCHES))
+    p.add_argument("--seeds", nargs="+", type=int, default=[11, 12, 13])
+    p.add_argument("--steps", type=int, default=600)
+    p.add_argument("--random", type=int, default=32, help="runs at random mixtures, for the RegMix-style search")
+    p.add_argument("--best", type=int, default=3, help="best mixtures of the first seed to be run on all seeds")
+    p.add_argument("--jobs", type=int, default=os.cpu_count())
     p.add_argument("--quick", action="store_true")
-    p.add_argument("--table", action="store_true")
+    p.add_argument("--table", action="store_true", help="run nothing")
+    p.add_argument("--results", help="lines to make the table and the figures from (default: those of --work)")
     args = p.parse_args()
     if args.quick:
-        args.tasks, args.seeds, args.steps, args.random, args.searches = ["numpy"], 1, 200, 8, ["eps 0.25", "DoGE"]
+        args.tasks, args.seeds, args.steps, args.random, args.best = ["numpy"], [11], 300, 16, 2
+        args.searches = ["FastMix", "DoGE"]
+    args.results = args.results or Path(args.work, "results.jsonl")
     if not args.table:
         prepare(Path(args.work, "data"))
         bench = Bench(args)
-        for task in args.tasks:
-            run_task(bench, task, args)
+        for stage in args.stages:
+            STAGES[stage](bench, args)
     show(args)
 
 

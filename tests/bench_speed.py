@@ -1,27 +1,29 @@
 """
 Speed and memory of whole training runs: fastmix.py itself against a plain loop and against K + 1 passes an outer step.
 
-    python tests/bench_speed.py                     V = 257 and 50304, K = 4, 16 and 64: about 20 minutes on 2 CPU cores
-    python tests/bench_speed.py --vocab_sizes 257 --rounds 9
+    python tests/bench_speed.py --vocab_sizes 257 --rounds 12 --steps 4       K = 4, 16 and 64: 10 minutes on 2 CPU cores
+    python tests/bench_speed.py --vocab_sizes 50304 --rounds 5 --steps 3      15 minutes
     python tests/bench_speed.py --device cuda --dtype bfloat16 --compile --n_layer 12 --n_head 12 --n_embd 768 \\
         --block_size 1024 --batch_size 32 --vocab_sizes 50304
 
-Time: all variants take turns in one process, round after round. A variant's turn warms up and then times its steps; a
-ratio is the median over the rounds of the ratio within a round. fastmix.py runs as it is, through its own main(), on
-synthetic token files, and its time is read from its log, evaluation left out. Memory: each variant in a process of its
-own, its peak above what it held before the model was built (CUDA: the allocator's peak).
+Time: all variants take turns in one process, round after round. A variant's turn warms up and then times its steps one
+by one (CUDA: together); tokens/s is from the median step of all rounds, a ratio the median over the rounds of the ratio
+within a round. fastmix.py runs as it is, through its own main(), on synthetic token files, without evaluation. Memory:
+each variant in a process of its own, its peak above what it held before the model was built (CUDA: the allocator's peak).
 """
 import argparse
 import contextlib
 import io
 import json
 import math
+import os
 import platform
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -39,7 +41,7 @@ def write_sets(folder, K, vocab_size, n_tokens=200_000):
     """K sources of random tokens: what is in them does not matter to the clock."""
     for k in range(K):
         path = Path(folder, f"s{k}")
-        path.mkdir()
+        path.mkdir(parents=True)
         ids = np.random.default_rng(k).integers(0, vocab_size, n_tokens).astype(np.uint16)
         counts = {}
         for split in ("train", "val", "test"):
@@ -83,17 +85,24 @@ class Bench:
             torch.cuda.synchronize()
         return time.perf_counter()
 
+    def per_step(self, stamps):
+        """Seconds a step from the times at which steps began, warm-up left out."""
+        taken = np.diff(stamps[self.args.warmup:])
+        return float(np.mean(taken) if self.args.device == "cuda" else np.median(taken))  # CUDA: the last one waits
+
     def plain(self, steps):
         """(i) seconds a step of a nanoGPT-style loop: one batch, F.cross_entropy on all logits."""
         net, model, optimizer = self.model()
-        for step in range(self.args.warmup + steps):
-            if step == self.args.warmup:
-                start = self.now()
+        stamps, total = [], self.args.warmup + steps
+        for step in range(total + 1):
+            stamps.append(self.now() if step in (self.args.warmup, total) else time.perf_counter())
+            if step == total:
+                break
             self.loss(model, net, *self.batch(self.args.batch_size)).backward()
             torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        return (self.now() - start) / steps
+        return self.per_step(stamps)
 
     def passes(self, K, steps):
         """(iv) seconds of one outer step of K + 1 forward and backward passes, alignments at the head."""
@@ -112,19 +121,23 @@ class Bench:
         return float(np.median(seconds[1:]))
 
     def fastmix(self, K, steps, *flags):
-        """(ii), (iii) seconds a step of fastmix.py, from its log."""
-        a, total = self.args, self.args.warmup + steps
+        """(ii), (iii) seconds a step of fastmix.py: it asks for its learning rate once a step, and then the clock is read."""
+        a, stamps, total = self.args, [], self.args.warmup + steps
+
+        def learning_rate_at(step, args, ask=fastmix.learning_rate_at):
+            stamps.append(self.now() if step in (a.warmup, total) else time.perf_counter())
+            return ask(step, args)
         with tempfile.TemporaryDirectory() as out:
-            sys.argv = ["fastmix.py", "--data_dir", self.folder, "--sources", ",".join(f"s{k}" for k in range(K)),
-                        "--target", "s0", "--out_dir", out, "--max_steps", str(total + 1), "--log_every", "1",
-                        "--eval_every", str(10**9), "--eval_tokens", "1", "--test_tokens", "1",
-                        *(x for f in ("device", "dtype", "n_layer", "n_head", "n_embd", "block_size", "batch_size",
-                                      "target_batch_size") for x in (f"--{f}", str(getattr(a, f)))),
-                        *(["--compile"] if a.compile else []), *map(str, flags)]
-            with contextlib.redirect_stdout(Reconfigurable()):
+            argv = ["fastmix.py", "--data_dir", self.folder, "--sources", ",".join(f"s{k}" for k in range(K)),
+                    "--target", "s0", "--out_dir", out, "--max_steps", total + 1, "--log_every", 10**9,
+                    "--eval_every", 10**9, "--eval_tokens", 1, "--test_tokens", 1,
+                    *(x for f in ("device", "dtype", "n_layer", "n_head", "n_embd", "block_size", "batch_size",
+                                  "target_batch_size") for x in (f"--{f}", getattr(a, f))),
+                    *(["--compile"] if a.compile else []), *flags]
+            with (contextlib.redirect_stdout(Reconfigurable()), mock.patch.object(sys, "argv", list(map(str, argv))),
+                  mock.patch.object(fastmix, "learning_rate_at", learning_rate_at)):
                 fastmix.main()
-            seconds = {r["step"]: r["seconds"] for r in map(json.loads, open(Path(out, "log.jsonl")))}
-        return (seconds[total] - seconds[a.warmup]) / steps
+        return self.per_step(stamps)
 
     def variants(self, K):
         """{name: seconds a step}; a name is what the table calls it."""
@@ -145,10 +158,10 @@ class Reconfigurable(io.StringIO):
 
 
 def matmul_peak(device, dtype, n):
-    """FLOP/s of an n x n matmul, the best of ten."""
+    """FLOP/s of an n x n matmul, the best of forty."""
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     best = math.inf
-    for _ in range(12):
+    for _ in range(40):
         start = time.perf_counter()
         a @ b
         if device == "cuda":
@@ -176,10 +189,10 @@ def measure_memory(args):
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--vocab_sizes", type=lambda t: [int(v) for v in t.split(",")], default=[257, 50304])
-    p.add_argument("--rounds", type=int, default=5)
+    p.add_argument("--vocab_sizes", type=lambda t: [int(v) for v in t.split(",")], default=[257])
+    p.add_argument("--rounds", type=int, default=7)
     p.add_argument("--steps", type=int, default=0, help="timed steps a turn; 0: as many as take about 4 seconds")
-    p.add_argument("--warmup", type=int, default=3)
+    p.add_argument("--warmup", type=int, default=2)
     p.add_argument("--device", default="cpu")
     p.add_argument("--dtype", default="float32")
     p.add_argument("--compile", action="store_true")
@@ -205,9 +218,7 @@ def main():
             bench = Bench(args, folder, V)
             variants = bench.all()
             steps = args.steps or max(3, math.ceil(4 / bench.plain(2)))
-            rows = []  # of each round: {variant: seconds}
-            for _ in range(args.rounds):
-                rows.append({name: run(steps) for name, run in variants.items()})
+            rows = [{name: run(steps) for name, run in variants.items()} for _ in range(args.rounds)]  # {name: seconds}
             outer = {K: bench.passes(K, 3 if K < 64 else 1) for K in KS}
         tokens = args.batch_size * args.block_size
         net = GPT(bench.config)
@@ -227,7 +238,30 @@ def main():
         print(f"\n{'an outer step, seconds':26s} {'here':>9s} {'K + 1 passes':>13s} {'ratio':>7s}")
         for K in KS:
             cost = np.median([r[f"search, eps 0.25, K = {K}"] - r[f"fixed, K = {K}"] for r in rows])
-            print(f"{f'K = {K}':26s} {cost:9.4f} {outer[K]:13.4f} {cost / outer[K]:7.3f}")
+            print(f"{f'K = {K}':26s} {cost:9.4f} {outer[K]:13.4f} {cost / outer[K]:7.3f}", flush=True)
+    if 257 in args.vocab_sizes:
+        default_model(args)
+
+
+def default_model(args):
+    """Does the number of sources matter, or the size of a file? On the default model, whose steps are short and many."""
+    small = argparse.Namespace(**vars(args) | {"n_layer": 2, "n_head": 4, "n_embd": 128, "block_size": 64,
+                                               "batch_size": 16, "target_batch_size": 8, "warmup": 10})
+    with tempfile.TemporaryDirectory() as folder:
+        write_sets(folder, 64, 257)
+        write_sets(Path(folder, "large"), 1, 257)
+        n = 10**10  # 20 GB of zeros, none of them on the disk
+        os.truncate(Path(folder, "large", "s0", "train.bin"), 2 * n)
+        meta = json.loads(Path(folder, "large", "s0", "meta.json").read_text())
+        meta["splits"]["train"]["tokens"] = n
+        Path(folder, "large", "s0", "meta.json").write_text(json.dumps(meta))
+        bench, large = Bench(small, folder, 257), Bench(small, Path(folder, "large"), 257)
+        rows = [(bench.fastmix(4, 60) - bench.fastmix(4, 60, "--mixture", "uniform"),
+                 bench.fastmix(64, 60) - bench.fastmix(64, 60, "--mixture", "uniform"),
+                 bench.fastmix(1, 60), large.fastmix(1, 60)) for _ in range(args.rounds)]
+    four, many, ordinary, sparse = 1e3 * np.median(rows, axis=0)
+    print(f"\nfastmix.py's default model, V = 257: an outer step costs {four:.2f} ms at K = 4, {many:.2f} ms at K = 64 (x "
+          f"{many / four:.3f}); a step {ordinary:.2f} ms with a train.bin of 400 kB, {sparse:.2f} ms with one of 20 GB")
 
 
 if __name__ == "__main__":

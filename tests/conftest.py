@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -108,3 +109,25 @@ def synthetic(tmp_path_factory):
 
 def log_rows(out):
     return [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
+
+
+def results(out):
+    """What a run leaves that must not depend on how often it was looked at or interrupted: (log rows, mixture, tensors)."""
+    out = Path(out)
+    ckpt = torch.load(out / "ckpt.pt", weights_only=True)
+    rows, mixture = log_rows(out), json.loads((out / "mixture.json").read_text())
+    for d in (mixture, *rows):
+        d.pop("seconds")
+    mixture.pop("settings")
+    moments = [t for s in ckpt["optimizer"]["state"].values() for t in s.values()]
+    return rows, mixture, [*ckpt["model"].values(), *ckpt["tensors"], *moments, ckpt["train_rng"], ckpt["target_rng"]]
+
+
+def assert_same(out, reference, with_log=True):
+    """Bit for bit."""
+    (rows, mixture, tensors), (rows_r, mixture_r, tensors_r) = results(out), results(reference)
+    assert mixture == mixture_r
+    for mine, theirs in zip(tensors, tensors_r, strict=True):
+        assert torch.equal(mine, theirs)
+    if with_log:
+        assert rows == rows_r

@@ -10,31 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import TINY, log_rows, refused, run, start
+from conftest import TINY, assert_same, log_rows, refused, results, run, start
 
 BASE = [*TINY, "--sources", "a,b,noise", "--target", "target", "--max_steps", 60]
-TIMES = ("seconds",)
-
-
-def results(out):
-    """Everything a run leaves that should not depend on how often it was looked at or interrupted."""
-    ckpt = torch.load(out / "ckpt.pt", weights_only=True)
-    mixture = json.loads((out / "mixture.json").read_text())
-    rows = [{k: v for k, v in row.items() if k not in TIMES} for row in log_rows(out)]
-    return ckpt, {k: v for k, v in mixture.items() if k not in (*TIMES, "settings")}, rows
-
-
-def assert_same(out, reference, with_log=True):
-    (ckpt, mixture, rows), (ckpt_r, mixture_r, rows_r) = results(out), results(reference)
-    assert mixture == mixture_r
-    for name, tensor in ckpt_r["model"].items():
-        assert torch.equal(ckpt["model"][name], tensor), name
-    for mine, theirs in zip(ckpt["tensors"], ckpt_r["tensors"]):
-        assert torch.equal(mine, theirs)
-    for state in ("train_rng", "target_rng"):
-        assert torch.equal(ckpt[state], ckpt_r[state])
-    if with_log:
-        assert rows == rows_r
 
 
 RUNS = {  # out_dir: flags
@@ -48,6 +26,7 @@ RUNS = {  # out_dir: flags
     "entropy": [*BASE, "--dtype", "bfloat16", "--entropy", 1e3],  # strong enough to hold the mixture near uniform
     "diverged": [*BASE, "--max_steps", 40],
     "at-uniform": [*BASE, "--max_steps", 2, "--mixture", "uniform"],
+    "started": [*BASE, "--max_steps", 5, "--log_every", 1, "--start_mixture", "a=7,b=2,noise=1"],
     "at-proportional": [*BASE, "--max_steps", 2, "--mixture", "proportional"],
 }
 
@@ -181,6 +160,14 @@ def test_found_mixture_uniform_and_proportional(synthetic, reference):
     for out, expected in (("at-reference", found), ("at-uniform", dict.fromkeys(found, 1 / 3)),
                           ("at-proportional", dict.fromkeys(found, 1 / 3))):
         assert log_rows(synthetic / out)[0]["alpha"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_search_from_another_start(synthetic, stdout):
+    rows = log_rows(synthetic / "started")
+    assert rows[0]["alpha"] == pytest.approx({"a": 0.7, "b": 0.2, "noise": 0.1}, rel=1e-6)
+    for before, row in zip(rows, rows[1:]):  # a logit moves by about the learning rate a step
+        for name, share in row["alpha"].items():
+            assert 0.9 < share / before["alpha"][name] < 1.1 and share != before["alpha"][name]
 
 
 def test_own_sources_without_a_target(synthetic, stdout):
