@@ -40,12 +40,16 @@ TASKS = {  # name: (sources, target)
 }
 TITLES = {"numpy": "toward numpy", "own": "own val splits", "scarce": "scarce target", "noisy": "half of no use"}
 SEARCHES = {"FastMix": [], "eps 0": ["--uniform_share", "0"], "eps 1": ["--uniform_share", "1"],
-            "every 20": ["--outer_every", "20"], "DoGE": [], "DoReMi": ["--learning_rate_mixture", "0.1"]}
+            "every 20": ["--outer_every", "20"], "relative": [], "DoGE": [],
+            "DoReMi": ["--learning_rate_mixture", "0.1"]}
 SUMMARIES = {"FastMix": ("last", "last_half_average", "run_average", "trajectory"),
              **dict.fromkeys(("eps 0", "eps 1", "every 20"), ("last_half_average",)),
+             "relative": ("last_half_average", "trajectory"),
              **dict.fromkeys(("DoGE", "DoReMi"), ("run_average",))}  # as both papers do
 SIZES = {"base": {"n_layer": 2, "n_head": 2, "n_embd": 64}, "large": {"n_layer": 4, "n_head": 4, "n_embd": 128}}
 STRETCH = 4
+REGMIX = (16, 32, 64)  # runs of the RegMix-style search
+LEARNING_RATE = ("--learning_rate", 2e-3, "--min_lr", 2e-4)  # half the default: seeds differ by less
 KEY = ("task", "what", "seed", "steps", "size")  # what a result is known by
 
 
@@ -80,6 +84,28 @@ def prepare(data):
 def gradient_step(z, moments, gradient, present, learning_rate):
     """Mirror descent on the simplex (exponentiated gradient) is a plain gradient step on the logits."""
     z -= learning_rate * gradient
+
+
+def relative(betas=(0.9, 0.95)):
+    """
+    Not another's but ours, tried: z moves by (A_k - mean) / mean in place of Adam, so that a small difference moves it
+    less than a large one. Both are running averages, the mean's that of its square's root.
+    """
+    square, count = 0.0, 0
+
+    def gradient(alpha, alignment, present, eta=1.0, density=1.0):
+        nonlocal square, count
+        mean = (alpha * present * alignment).sum() / (alpha * present).sum()
+        square, count = betas[1] * square + (1 - betas[1]) * mean.item() ** 2, count + 1
+        return torch.where(present, mean - alignment, 0.0) / (square / (1 - betas[1] ** count)) ** 0.5
+
+    def step(z, moments, gradient, present, learning_rate):
+        m, _, n = moments
+        m.copy_(torch.where(present, betas[0] * m + (1 - betas[0]) * gradient, m))
+        n += present
+        z.sub_(torch.where(present, learning_rate * m / (1 - betas[0] ** n), 0.0))
+
+    return {"mixture_gradient": gradient, "mixture_step": step}
 
 
 def doge():
@@ -132,32 +158,35 @@ def train(argv, patches=None):
     return json.loads((out / "mixture.json").read_text()), [json.loads(r) for r in open(out / "log.jsonl")]
 
 
+def common(work, job, out):
+    """The flags that every run of a task has; later ones win."""
+    sources, target = TASKS[job["task"]]
+    return ["--sources", sources, "--target", target, "--seed", job["seed"], "--max_steps", job["steps"], *LEARNING_RATE,
+            *(x for k, v in SIZES[job["size"]].items() for x in ("--" + k, v)), "--eval_every", job["steps"],
+            "--log_every", max(1, job["steps"] // 40), "--test_tokens", 2**17 // len(target.split(",")), "--data_dir",
+            Path(work, "data"), "--device", "cpu", "--out_dir", out]
+
+
 def one_run(work, job):
     """A job, as Bench.add() makes it -> its line of the results. Runs in a process of the pool."""
     torch.set_num_threads(1)
-    sources, target = TASKS[job["task"]]
+    names = TASKS[job["task"]][0].split(",")
     with tempfile.TemporaryDirectory(dir=work) as folder:
         mixture = job["mixture"]
         if isinstance(mixture, list):  # a trajectory: rows of (step, weights)
-            rows = [json.dumps({"step": s, "alpha": dict(zip(sources.split(","), a))}) + "\n" for s, a in mixture]
+            rows = [json.dumps({"step": s, "alpha": dict(zip(names, a))}) + "\n" for s, a in mixture]
             Path(folder, "log.jsonl").write_text("".join(rows))
             mixture = str(Path(folder, "log.jsonl"))
         elif isinstance(mixture, dict):
             mixture = ",".join(f"{n}={w:.6f}" for n, w in mixture.items())
-        steps, n_test = job["steps"], 2**17 // len(target.split(","))
-        flags = ["--sources", sources, "--target", target, "--seed", job["seed"], "--max_steps", steps,
-                 *(x for k, v in SIZES[job["size"]].items() for x in ("--" + k, v)), "--eval_every", steps,
-                 "--log_every", max(1, steps // 40), "--test_tokens", n_test, "--data_dir",
-                 Path(work, "data"), "--device", "cpu", "--out_dir", Path(folder, "out"), *job["flags"],
-                 *(["--mixture", mixture] if mixture else [])]
-        patches = None
-        if job["what"] == "search DoGE":
-            patches = doge()
-        elif job["what"] == "search DoReMi":
-            patches = doremi(Path(work, f"reference-{job['task']}-{job['seed']}-{steps}.pt"))
+        flags = [*common(work, job, Path(folder, "out")), *job["flags"], *(["--mixture", mixture] if mixture else [])]
+        reference = Path(work, f"reference-{job['task']}-{job['seed']}-{job['steps']}.pt")
+        patches = {"search DoGE": doge, "search relative": relative}.get(job["what"], dict)()
+        if job["what"] == "search DoReMi":
+            patches = doremi(reference)
         found, log = train(list(map(str, flags)), patches)
         if job["what"] == "uniform" and job["size"] == "base":  # DoReMi's reference model
-            shutil.copy(Path(folder, "out", "ckpt.pt"), Path(work, f"reference-{job['task']}-{job['seed']}-{steps}.pt"))
+            shutil.copy(Path(folder, "out", "ckpt.pt"), reference)
     result = {k: job[k] for k in KEY}
     result |= {"test_loss": round(found["test_loss"], 5), "seconds": found["seconds"]}
     if found["searched"]:
@@ -257,12 +286,12 @@ def compare(bench, args):
     first = args.seeds[0]
     for task in args.tasks:
         names = TASKS[task][0].split(",")
-        for seed in args.seeds:
-            for m in ("uniform", "proportional"):
-                bench.add(task, m, seed, m)
         for what, flags in SEARCHES.items():
             for seed in args.seeds if what in args.searches and what != "DoReMi" else ():
                 bench.add(task, f"search {what}", seed, flags=flags)
+        for seed in args.seeds:
+            for m in ("uniform", "proportional"):
+                bench.add(task, m, seed, m)
         for n in names:
             bench.add(task, f"only {n}", first, {n: 1.0})
         for i, m in enumerate(random_mixtures(len(names), args.random)):
@@ -281,7 +310,7 @@ def compare(bench, args):
                     mixture = found["trajectory"] if m == "trajectory" else dict(zip(names, found["mixtures"][m]))
                     bench.add(task, f"{what}: {m}", seed, mixture)
         done = [bench.get(task, f"random {i}", first) for i in range(args.random)]
-        for n in (8, 16, 32, 64):
+        for n in REGMIX:
             if n <= args.random:
                 best = regmix(np.array([r["mixture"] for r in done[:n]]), np.array([r["test_loss"] for r in done[:n]]))
                 for seed in args.seeds:
@@ -317,10 +346,8 @@ def study_alignments(work, job):
             save(path, write)
             if path.name == "ckpt.pt":
                 shutil.copy(path, Path(folder, f"{torch.load(path, weights_only=True)['step']}.pt"))
-        train(list(map(str, ["--sources", ",".join(names), "--target", ",".join(target_names), "--seed", job["seed"],
-                             "--max_steps", steps, *(x for k, v in SIZES["base"].items() for x in ("--" + k, v)),
-                             "--eval_every", steps // 10, "--eval_tokens", 64, "--test_tokens", 64, "--data_dir",
-                             Path(work, "data"), "--device", "cpu", "--out_dir", Path(folder, "out")])),
+        train([*map(str, common(work, job, Path(folder, "out"))), "--eval_every", str(steps // 10), "--eval_tokens", "64",
+               "--test_tokens", "64"],
               {"save_atomically": keep})
         lines = []
         for step in (steps // 10, steps // 2, steps):
@@ -476,12 +503,15 @@ def losses(results, task, what, seeds, steps, size="base"):
 
 ROWS = {"uniform": "uniform", "proportional": "proportional to tokens", "best single source": "best single source",
         "FastMix: last_half_average": "**FastMix, average of the last half**", "FastMix: last": "FastMix, last mixture",
-        "FastMix: run_average": "FastMix, average of the run", "FastMix: trajectory": "**FastMix, replayed trajectory**",
+        "FastMix: run_average": "FastMix, average of the run",
+        "FastMix: trajectory": "**FastMix, replayed trajectory**",
         "eps 0: last_half_average": "`--uniform_share 0`", "eps 0: trajectory": "`--uniform_share 0`, replayed",
         "eps 1: last_half_average": "`--uniform_share 1`", "eps 1: trajectory": "`--uniform_share 1`, replayed",
         "every 20: last_half_average": "`--outer_every 20`", "every 20: trajectory": "`--outer_every 20`, replayed",
-        "DoGE: run_average": "DoGE's rule", "DoReMi: run_average": "DoReMi's rule",
-        **{f"RegMix {n}": f"RegMix-style, {n} runs" for n in (8, 16, 32, 64)}}
+        "relative: last_half_average": "relative alignments for Adam",
+        "relative: trajectory": "relative alignments for Adam, replayed", "DoGE: run_average": "DoGE's rule",
+        "DoReMi: run_average": "DoReMi's rule",
+        **{f"RegMix {n}": f"RegMix-style, {n} runs" for n in REGMIX}}
 
 
 def regret(results, task, what, args):
@@ -492,7 +522,7 @@ def regret(results, task, what, args):
         what = min(single, key=lambda r: r["test_loss"])["what"] if single else what
     best = losses(results, task, best_fixed(results, task, args)[0], args.seeds, args.steps)
     loss = losses(results, task, what, args.seeds, args.steps)
-    return None if loss is None else 100 * (loss / best - 1)
+    return None if loss is None or best is None else 100 * (loss / best - 1)
 
 
 def cell(values):
@@ -532,7 +562,8 @@ def show(args):
                                ("a model 7 times as large", args.steps, "large")):
         show_elsewhere(results, tasks, title, steps, size)
     folder = Path(args.results).parent
-    figure(results, tasks, args, folder / "mixtures.png")
+    if tasks:
+        figure(results, tasks, args, folder / "mixtures.png")
     figure_sensitivity(results, args, folder / "sensitivity.png")
 
 
@@ -590,7 +621,7 @@ def figure(results, tasks, args, path):
             if r is not None:
                 ax.axhline(r.mean(), color="#666666", linestyle=style, linewidth=1, label=what)
         ax.axhline(0, color="#222222", linewidth=1, label="best fixed mixture known")
-        for whats, colour, marker, label in [([f"RegMix {n}" for n in (8, 16, 32, 64)], "#009E73", "s", "RegMix-style"),
+        for whats, colour, marker, label in [([f"RegMix {n}" for n in REGMIX], "#009E73", "s", "RegMix-style"),
                                              *(([w], c, m, text) for w, c, m, text in points)]:
             found = np.array(points_of(whats))
             if len(found):
