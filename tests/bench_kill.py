@@ -9,6 +9,7 @@ Prints how many runs were killed how often, and at which steps; exit status 1 if
 import argparse
 import json
 import random
+import signal
 import sys
 import tempfile
 import time
@@ -22,34 +23,36 @@ from conftest import TINY, assert_same, chain_set, run, start  # noqa: E402
 FLAGS = [*TINY, "--sources", "a,b", "--target", "target", "--max_steps", 60, "--eval_every", 5, "--log_every", 1]
 
 
+def steps_logged(out):
+    return len((out / "log.jsonl").read_bytes().splitlines()) - 1 if (out / "log.jsonl").exists() else -1
+
+
 def kill_loop(folder, runs, seed, say=print):
     """Returns [(steps at which a run was killed)] of each run, None where its result differs."""
     rng = random.Random(seed)
     for i, name in enumerate(("a", "b", "target")):
         chain_set(folder / "data" / name, i)
-    began = time.time()
     run("fastmix.py", *FLAGS, "--out_dir", "undisturbed", cwd=folder)
-    longest = time.time() - began
     found = []
     for i in range(runs):
         out, killed = folder / f"run-{i}", []
         while True:
             flags = ["--resume"] if (out / "ckpt.pt").exists() else [*FLAGS, "--overwrite"]
+            aim = rng.randint(max(0, steps_logged(out)), 60)  # most of a run is its start: aim at a step, and then
+            later = rng.choice((0.0, rng.uniform(0, 0.03), rng.uniform(0, 1.5)))  # at once, within a few, or anywhen
             process = start("fastmix.py", *flags, "--out_dir", out, cwd=folder)
-            try:  # most of a run is its start, where a kill finds nothing to spoil: aim at the rest
-                process.communicate(timeout=longest * rng.uniform(0.3, 1.3) if len(killed) < 4 else 600)
-                assert process.returncode == 0, process.returncode
-                break
-            except Exception as error:
-                if type(error).__name__ != "TimeoutExpired":
-                    raise
+            if len(killed) < 3:
+                while process.poll() is None and steps_logged(out) < aim:
+                    time.sleep(0.001)
+                time.sleep(later)
                 process.kill()
-                process.communicate()
-                lines = (out / "log.jsonl").read_text().splitlines() if (out / "log.jsonl").exists() else []
-                killed.append(len(lines) - 1)
-                for path in (out / "ckpt.pt", out / "mixture.json"):  # whole, or not there
-                    if path.exists():
-                        torch.load(path, weights_only=True) if path.suffix == ".pt" else json.loads(path.read_text())
+            if process.wait() == 0:
+                break
+            assert process.returncode == -signal.SIGKILL, process.stderr.read()
+            killed.append(steps_logged(out))
+            for path in (out / "ckpt.pt", out / "mixture.json"):  # whole, or not there
+                if path.exists():
+                    torch.load(path, weights_only=True) if path.suffix == ".pt" else json.loads(path.read_text())
         try:
             assert_same(out, folder / "undisturbed")
             found.append(killed)

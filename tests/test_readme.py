@@ -18,7 +18,8 @@ def test_line_ranges():
 
 
 def test_flags_exist():
-    code = (ROOT / "fastmix.py").read_text() + (ROOT / "prepare_data.py").read_text()
+    scripts = [ROOT / "fastmix.py", ROOT / "prepare_data.py", *ROOT.glob("tests/bench_*.py")]
+    code = "".join(script.read_text() for script in scripts)
     for flag in set(re.findall(r"--([a-z]+(?:_[a-z]+)*)", README)) - {"path", "nproc_per_node"}:
         assert f'"{flag}"' in code or f'"--{flag}"' in code or flag in ("data",), flag
 
