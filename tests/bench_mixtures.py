@@ -3,7 +3,7 @@ Does the search find the best mixture, and at what price? FastMix against fixed 
 update rules of DoGE and DoReMi, by the target's test loss of models trained from scratch for the same number of steps.
 
     python tests/bench_mixtures.py --quick           one task, short runs: 5 minutes on 2 cores
-    python tests/bench_mixtures.py                   four tasks, about 4 hours on 2 cores; stop and go on as you like
+    python tests/bench_mixtures.py                   four tasks, about 2 hours on 2 cores; stop and go on as you like
     python tests/bench_mixtures.py --stages alignments transfer stretch sensitivity       the other questions
     python tests/bench_mixtures.py --table --results tests/bench_mixtures.jsonl           from stored results, no run
 
@@ -205,6 +205,9 @@ class Bench:
         self.path = self.work / "results.jsonl"
         self.work.mkdir(parents=True, exist_ok=True)
         self.results = load(self.path)
+        if self.results:  # without the line that a kill cut short
+            lines = "".join(json.dumps(r) + "\n" for r in self.results.values())
+            fastmix.save_atomically(self.path, lambda f: f.write(lines.encode()))
         self.jobs = {}
 
     def get(self, task, what, seed, steps=None, size="base"):
@@ -215,6 +218,11 @@ class Bench:
         key = (task, what, seed, steps or self.args.steps, size)
         if key not in self.results:
             self.jobs[key] = dict(zip(KEY, key), mixture=mixture, flags=list(flags))
+
+    def store(self, result, f):
+        f.write(json.dumps(result) + "\n")
+        f.flush()
+        self.results[key_of(result)] = result
 
     def run(self):
         """Runs what was asked for, each result written as it comes."""
@@ -229,9 +237,7 @@ class Bench:
                         pool.shutdown(cancel_futures=True)
                         print("failed:", pending[future], file=sys.stderr)
                         raise
-                    f.write(json.dumps(result) + "\n")
-                    f.flush()
-                    self.results[key_of(result)] = result
+                    self.store(result, f)
                     print(f"{n}/{len(pending)} {result['task']:7s} {result['what']:32s} seed {result['seed']} "
                           f"{result['size']} {result['steps']}: {result['test_loss']:.4f}  ({result['seconds']:.0f} s)",
                           flush=True)
@@ -324,6 +330,9 @@ def compare(bench, args):
         for r in sorted(fixed, key=lambda r: r["test_loss"])[: args.best]:
             what = r["what"] if r["what"].startswith(("only", "random", "uniform", "prop", "RegMix")) \
                 else f"best, from {r['what']}"
+            if what != r["what"] and not bench.get(task, what, first):
+                with open(bench.path, "a") as f:
+                    bench.store({**r, "what": what}, f)
             for seed in args.seeds:
                 bench.add(task, what, seed, dict(zip(names, r["mixture"])))
     bench.run()
@@ -412,8 +421,7 @@ def alignments(bench, args):
         for future in as_completed([pool.submit(study_alignments, str(bench.work), job) for job in jobs]):
             with open(bench.path, "a") as f:
                 for line in future.result():
-                    f.write(json.dumps(line) + "\n")
-                    bench.results[key_of(line)] = line
+                    bench.store(line, f)
                     print(line["task"], line["what"], "seed", line["seed"], flush=True)
 
 
@@ -516,17 +524,20 @@ ROWS = {"uniform": "uniform", "proportional": "proportional to tokens", "best si
 
 def regret(results, task, what, args):
     """(S,) how much worse than the best fixed mixture known, in % of its loss, seed by seed; None if not all ran."""
-    if what == "best single source":
+    seeds = args.seeds
+    if what == "best single source":  # on the first seed only
         single = [r for r in results.values() if r["task"] == task and r["what"].startswith("only ")
-                  and r["steps"] == args.steps and r["size"] == "base" and r["seed"] == args.seeds[0]]
-        what = min(single, key=lambda r: r["test_loss"])["what"] if single else what
-    best = losses(results, task, best_fixed(results, task, args)[0], args.seeds, args.steps)
-    loss = losses(results, task, what, args.seeds, args.steps)
-    return None if loss is None or best is None else 100 * (loss / best - 1)
+                  and r["steps"] == args.steps and r["size"] == "base" and r["seed"] == seeds[0]]
+        what, seeds = min(single, key=lambda r: r["test_loss"])["what"] if single else what, seeds[:1]
+    best = losses(results, task, best_fixed(results, task, args)[0], seeds, args.steps)
+    loss = losses(results, task, what, seeds, args.steps)
+    return None if loss is None else 100 * (loss / best - 1)
 
 
 def cell(values):
-    return "" if values is None else f"{values.mean():+.2f} ({values.min():+.2f} to {values.max():+.2f})"
+    if values is None:
+        return ""
+    return f"{values.mean():+.2f} " + (f"({values.min():+.2f} to {values.max():+.2f})" if len(values) > 1 else "(one seed)")
 
 
 def show(args):
@@ -610,6 +621,7 @@ def figure(results, tasks, args, path):
                              layout="constrained", sharey=False)
     points = (("FastMix: last_half_average", "#0072B2", "o", "FastMix, last half"),
               ("FastMix: trajectory", "#56B4E9", "D", "FastMix, replayed"),
+              ("relative: last_half_average", "#D55E00", "P", "relative alignments, last half"),
               ("DoGE: run_average", "#E69F00", "^", "DoGE's rule"),
               ("DoReMi: run_average", "#CC79A7", "v", "DoReMi's rule"))
     for ax, task in zip(axes[0], tasks):
@@ -625,6 +637,7 @@ def figure(results, tasks, args, path):
                                              *(([w], c, m, text) for w, c, m, text in points)]:
             found = np.array(points_of(whats))
             if len(found):
+                found[:, 0] *= 1 + 0.08 * max(0, "oP^Dv".find(marker))  # side by side where they cost the same
                 ax.errorbar(found[:, 0], found[:, 1], yerr=found[:, 2:].T, color=colour, marker=marker, markersize=6,
                             linewidth=1, capsize=2, label=label)
         ax.set(title=TITLES[task], xlabel="cost of the search (proxy runs)", xscale="log", xlim=(0.8, 90))
