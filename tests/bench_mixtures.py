@@ -708,7 +708,7 @@ def main():
     p.add_argument("--results", help="lines to make the table and the figures from (default: those of --work)")
     args = p.parse_args()
     if args.quick:
-        args.tasks, args.seeds, args.steps, args.random, args.best = ["numpy"], [11], 300, 16, 2
+        args.tasks, args.seeds, args.steps, args.random, args.best = ["numpy"], [11], 250, 16, 2
         args.searches = ["FastMix", "DoGE"]
     args.results = args.results or Path(args.work, "results.jsonl")
     if not args.table:
