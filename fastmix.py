@@ -581,10 +581,9 @@ def main():
         ckpt = load_checkpoint(out / "ckpt.pt", "start anew with --overwrite")
         stored = ckpt["args"]
         args = parse_args({k: v for k, v in stored.items() if k not in ("resume", "overwrite")})
-        changed = [k for k, v in vars(args).items() if k not in MAY_CHANGE and v != stored.get(k)]
+        changed = [k for k, v in vars(args).items() if k not in MAY_CHANGE and v != stored[k]]
         if changed:
-            was, now = stored.get(changed[0]), getattr(args, changed[0])
-            fail(f"{out}/ckpt.pt was made with --{changed[0]} {was}, not {now}; "
+            fail(f"{out}/ckpt.pt was made with --{changed[0]} {stored[changed[0]]}, not {getattr(args, changed[0])}; "
                  "resume without that flag, or start a new run in another --out_dir")
     init = None
     if args.init_from and not ckpt:

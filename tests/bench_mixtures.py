@@ -180,13 +180,11 @@ def one_run(work, job):
         elif isinstance(mixture, dict):
             mixture = ",".join(f"{n}={w:.6f}" for n, w in mixture.items())
         flags = [*common(work, job, Path(folder, "out")), *job["flags"], *(["--mixture", mixture] if mixture else [])]
-        reference = Path(work, f"reference-{job['task']}-{job['seed']}-{job['steps']}.pt")
         patches = {"search DoGE": doge, "search relative": relative}.get(job["what"], dict)()
         if job["what"] == "search DoReMi":
-            patches = doremi(reference)
+            train(list(map(str, [*common(work, job, Path(folder, "reference")), "--mixture", "uniform"])))
+            patches = doremi(Path(folder, "reference", "ckpt.pt"))
         found, log = train(list(map(str, flags)), patches)
-        if job["what"] == "uniform" and job["size"] == "base":  # DoReMi's reference model
-            shutil.copy(Path(folder, "out", "ckpt.pt"), reference)
     result = {k: job[k] for k in KEY}
     result |= {"test_loss": round(found["test_loss"], 5), "seconds": found["seconds"]}
     if found["searched"]:
@@ -278,10 +276,11 @@ def regmix(mixtures, losses):
     X = X - mean
     best = None
     for penalty in 10.0 ** np.arange(-6, 2):
-        hat = X @ np.linalg.solve(X.T @ X + penalty * np.eye(X.shape[1]), X.T)
-        error = ((y - hat @ y) / (1 - np.diag(hat) - 1 / len(y))) ** 2
-        if best is None or error.mean() < best[0]:
-            best = error.mean(), np.linalg.solve(X.T @ X + penalty * np.eye(X.shape[1]), X.T @ y)
+        solve = np.linalg.solve(X.T @ X + penalty * np.eye(X.shape[1]), X.T)  # y -> coefficients
+        hat = X @ solve
+        error = (((y - hat @ y) / (1 - np.diag(hat) - 1 / len(y))) ** 2).mean()
+        if best is None or error < best[0]:
+            best = error, solve @ y
     candidates = np.random.default_rng(1).dirichlet(np.ones(mixtures.shape[1]), 100_000)
     predicted = (features(candidates)[:, 1:] - mean) @ best[1]
     return candidates[np.argsort(predicted)[:100]].mean(0)
@@ -292,9 +291,9 @@ def compare(bench, args):
     first = args.seeds[0]
     for task in args.tasks:
         names = TASKS[task][0].split(",")
-        for what, flags in SEARCHES.items():
-            for seed in args.seeds if what in args.searches and what != "DoReMi" else ():
-                bench.add(task, f"search {what}", seed, flags=flags)
+        for what in args.searches:
+            for seed in args.seeds:
+                bench.add(task, f"search {what}", seed, flags=SEARCHES[what])
         for seed in args.seeds:
             for m in ("uniform", "proportional"):
                 bench.add(task, m, seed, m)
@@ -302,10 +301,6 @@ def compare(bench, args):
             bench.add(task, f"only {n}", first, {n: 1.0})
         for i, m in enumerate(random_mixtures(len(names), args.random)):
             bench.add(task, f"random {i}", first, dict(zip(names, m)))
-    bench.run()
-    for task in args.tasks if "DoReMi" in args.searches else ():  # their references are the uniform runs
-        for seed in args.seeds:
-            bench.add(task, "search DoReMi", seed, flags=SEARCHES["DoReMi"])
     bench.run()
     for task in args.tasks:
         names = TASKS[task][0].split(",")
@@ -326,10 +321,10 @@ def compare(bench, args):
     for task in args.tasks:
         names = TASKS[task][0].split(",")
         fixed = [r for r in bench.results.values() if r["task"] == task and r["steps"] == args.steps
-                 and r["size"] == "base" and "mixture" in r and r["seed"] == first]
+                 and r["size"] == "base" and "mixture" in r and r["seed"] == first
+                 and not r["what"].startswith("best, from")]  # copies, made below when this ran before
         for r in sorted(fixed, key=lambda r: r["test_loss"])[: args.best]:
-            what = r["what"] if r["what"].startswith(("only", "random", "uniform", "prop", "RegMix")) \
-                else f"best, from {r['what']}"
+            what = f"best, from {r['what']}" if ":" in r["what"] else r["what"]  # "method: summary" differs by seed
             if what != r["what"] and not bench.get(task, what, first):
                 with open(bench.path, "a") as f:
                     bench.store({**r, "what": what}, f)
@@ -345,7 +340,7 @@ def study_alignments(work, job):
     """
     Does the shortcut hold? For checkpoints early, in the middle and at the end of a search: each source's alignment at
     the head (formula (2)), its alignment over all parameters, and the target's true change of loss after one AdamW step
-    on the source alone, each from the same 512 sequences a source. Yields one line of the results a checkpoint.
+    on the source alone, each from the same 512 sequences a source. Returns one line of the results a checkpoint.
     """
     torch.set_num_threads(1)
     names, target_names = (t.split(",") for t in TASKS[job["task"]])
