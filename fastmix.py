@@ -12,7 +12,8 @@ gradient of the target loss one inner step ahead, w' = w - eta sum_k alpha_k g_k
     (1) weights   draw sources from q = (1 - eps) alpha + eps / K and weight source k's loss by alpha_k / q_k;
                   the expected gradient is sum_k alpha_k g_k for every eps               -> draw(), "inner step"
     (2) alignment A_k = <g_val, g_k>, taken at the LM head, from the pass that trains     -> head_pass()
-    (3) mixture   dL_val(w')/dz_k = -eta alpha_k (A_k - sum_j alpha_j A_j)                 -> mixture_gradient()
+    (3) mixture   dL_val(w')/dz_k = -eta alpha_k (A_k - sum_j alpha_j A_j), stepped as     -> mixture_gradient(),
+                  mirror descent in relative units: z_k += rate (A_k - mean) / rms            mixture_step()
 
 Where a set has a mask (instruction data), every mean, of a loss as of an alignment, is over the learned tokens only;
 what that makes of the formulas is said in loss_weights() and mixture_gradient().
@@ -102,8 +103,9 @@ def parse_args(defaults=None):
                                                 "paper's loss weights, 0 is sampling by the mixture (default: 0.25 in "
                                                 "a search, 0 with --mixture, where no source needs measuring)"),
           ("outer_every", positive, 1, "optimizer steps between two outer steps"),
-          ("learning_rate_mixture", number(0), 0.02, "Adam's learning rate on z"),
-          ("entropy", number(0), 0.0, "lambda: keeps the mixture's entropy up, in units of the alignment"),
+          ("learning_rate_mixture", number(0), 0.02, "step on z of a source whose alignment is above the mean by the "
+                                                         "alignments' rms"),
+          ("entropy", number(0), 0.0, "lambda: keeps the mixture's entropy up, in units of the alignments' rms"),
           ("target_batch_size", positive, 8, "target sequences an outer step"))
     group("model",
           ("n_layer", positive, 2, "blocks"), ("n_head", positive, 4, "attention heads"),
@@ -418,24 +420,27 @@ def mixture_gradient(alpha, alignment, present, eta=1.0, density=1.0):
     return -eta * (alpha * present).sum() * (beta * (alignment - mean) + 0.5 * mean * (beta - alpha_))
 
 
+def alignment_scale(weight, alignment, present):
+    """
+    The root mean square of the alignments (K,), sources weighted by weight (K,): the unit that they are compared in. A
+    gradient's scale says nothing about mixtures, falls as training goes on, and differs from model to model.
+    """
+    return ((weight * present * alignment**2).sum() / (weight * present).sum()).sqrt().clamp(min=1e-18)
+
+
 def entropy_gradient(alpha, present):
     """Gradient on z of sum_k alpha_k log alpha_k, alpha = softmax(z): descending it evens the mixture out. (K,)"""
     share = alpha * present / (alpha * present).sum()
     return torch.where(present, alpha * (alpha.log() - (share * torch.where(present, alpha.log(), 0)).sum()), 0.0)
 
 
-def mixture_step(z, moments, gradient, present, learning_rate, betas=(0.9, 0.95), eps=1e-12):
+def mixture_step(z, gradient, alpha, present, learning_rate):
     """
-    Adam on z (K,), in place, moving present sources only: torch's Adam would carry an absent one on by its momentum.
-    moments is (3, K): first moment, second moment, number of updates of each source. Adam cancels the gradient's scale,
-    so learning_rate times the number of outer steps bounds how far the mixture can travel.
+    Natural-gradient step on z (K,), in place: the gradient on softmax's logits over alpha (K,), which is mirror descent
+    on the simplex (alpha_k is multiplied by exp(learning_rate eta (A_k - mean)), whatever alpha_k is). Formula (3) by
+    itself would leave a source that has lost its weight where it is. Present sources only.
     """
-    m, v, count = moments
-    m.copy_(torch.where(present, betas[0] * m + (1 - betas[0]) * gradient, m))
-    v.copy_(torch.where(present, betas[1] * v + (1 - betas[1]) * gradient**2, v))
-    count += present
-    step = (m / (1 - betas[0] ** count)) / ((v / (1 - betas[1] ** count)).sqrt() + eps)
-    z.sub_(torch.where(present, learning_rate * step, 0.0))
+    z -= learning_rate * torch.where(present, gradient / alpha.clamp(min=1e-30), 0.0)
 
 
 def read_mixture(flag, text, names, tokens):
@@ -673,7 +678,6 @@ def main():
     train_rng, target_rng = torch.Generator().manual_seed(args.seed), torch.Generator().manual_seed(args.seed + 1)
     start, seconds = 0, 0.0
     z = (first / first.max()).log().float().to(device)  # (K,) logits of the mixture; 0 where it starts uniform
-    moments = torch.zeros(3, K, device=device)  # Adam's, of z
     wide = torch.float32 if device == "mps" else torch.float64
     alpha_sum, alpha_sum_half = torch.zeros(2, K, dtype=wide, device=device)  # over all steps, over the last half
     drawn = torch.zeros(K, dtype=torch.int64)  # tokens seen of each source
@@ -684,7 +688,7 @@ def main():
     before = {}  # test results of --init_from
     if ckpt:
         optimizer.load_state_dict(ckpt["optimizer"])
-        for mine, stored in zip((z, moments, alpha_sum, alpha_sum_half, drawn, meter, known), ckpt["tensors"]):
+        for mine, stored in zip((z, alpha_sum, alpha_sum_half, drawn, meter, known), ckpt["tensors"]):
             mine.copy_(stored)
         train_rng.set_state(ckpt["train_rng"])
         target_rng.set_state(ckpt["target_rng"])
@@ -695,7 +699,7 @@ def main():
         if rank > 0:
             return
         state = {"model": net.state_dict(), "optimizer": optimizer.state_dict(), "args": vars(args), "step": step,
-                 "seconds": seconds, "tensors": [z, moments, alpha_sum, alpha_sum_half, drawn, meter, known],
+                 "seconds": seconds, "tensors": [z, alpha_sum, alpha_sum_half, drawn, meter, known],
                  "losses": torch.stack(losses) if losses else torch.zeros(0), "train_rng": train_rng.get_state(),
                  "target_rng": target_rng.get_state(), "schedule": schedule, "digests": digests,
                  "config": vars(net.config), "tokenizer": tokenizer, "before": before}
@@ -879,13 +883,13 @@ def main():
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-        # ---- outer step, second half: move the mixture. Adam cancels eta, so it is left at 1
+        # ---- outer step, second half: move the mixture
         if outer:
             present = seen[2] > 0
             A = torch.where(present, seen[1] / seen[2], 0.0)  # (K,)
-            gradient = mixture_gradient(alpha, A, present, density=density)
+            gradient = mixture_gradient(alpha, A, present, 1 / alignment_scale(alpha * density, A, present), density)
             gradient += args.entropy * entropy_gradient(alpha, present)
-            mixture_step(z, moments, gradient, present, args.learning_rate_mixture)
+            mixture_step(z, gradient, alpha, present, args.learning_rate_mixture)
             meter[2] += A
             meter[3] += present
 

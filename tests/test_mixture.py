@@ -1,13 +1,14 @@
 """Sampling, the equivalence of weights and sampling, and the mixture's gradient, against enumeration and differences."""
 import itertools
+import math
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-from fastmix import (IGNORE, batch_loss, draw, entropy_gradient, fused_cross_entropy, gather, head_pass, loss_weights,
-                     mixture_gradient, mixture_step)
+from fastmix import (IGNORE, alignment_scale, batch_loss, draw, entropy_gradient, fused_cross_entropy, gather, head_pass,
+                     loss_weights, mixture_gradient, mixture_step)
 from model import GPT, GPTConfig
 
 
@@ -146,11 +147,13 @@ def test_absent_source_keeps_its_logit_and_stays_out_of_the_centring():
     # whatever number stands for the missing alignment changes nothing
     torch.testing.assert_close(gradient, mixture_gradient(alpha, torch.tensor([2.0, -50.0, 1.0]), present))
 
-    z, moments, everyone = torch.zeros(3), torch.zeros(3, 3), torch.ones(3, dtype=torch.bool)
-    mixture_step(z, moments, torch.tensor([1.0, -2.0, 0.5]), everyone, 0.1)
-    before, moments_before = z.clone(), moments.clone()
-    mixture_step(z, moments, gradient, present, 0.1)  # Adam's momentum would move source 1
-    assert z[1] == before[1] and (moments[:, 1] == moments_before[:, 1]).all() and (z != before).sum() == 2
+
+    z = torch.tensor([0.5, 1.0, -0.3])
+    mixture_step(z, gradient + 7.0 * (~present), alpha, present, 0.1)
+    assert z[1] == 1.0 and z[0] > 0.5 and z[2] < -0.3
+    weights = torch.tensor([0.2, 0.5, 0.3])
+    expected = ((0.2 * 2.0**2 + 0.3 * 1.0**2) / 0.5) ** 0.5
+    assert alignment_scale(weights, torch.tensor([2.0, -50.0, 1.0]), present).item() == pytest.approx(expected)
 
 
 def test_equal_alignments_leave_the_mixture_alone():
@@ -159,13 +162,40 @@ def test_equal_alignments_leave_the_mixture_alone():
     torch.testing.assert_close(gradient, torch.zeros(5, dtype=torch.float64), atol=1e-12, rtol=0)
 
 
-def test_mixture_step_is_adam_when_all_are_present():
-    z, moments = torch.zeros(4, dtype=torch.float64), torch.zeros(3, 4, dtype=torch.float64)
-    reference = torch.zeros(4, dtype=torch.float64, requires_grad=True)
-    adam = torch.optim.Adam([reference], lr=0.05, betas=(0.9, 0.95), eps=1e-12)
-    for i in range(20):
-        gradient = torch.randn(4, generator=torch.Generator().manual_seed(i), dtype=torch.float64)
-        mixture_step(z, moments, gradient, torch.ones(4, dtype=torch.bool), 0.05)
-        reference.grad = gradient
-        adam.step()
-    torch.testing.assert_close(z, reference.detach())
+def relative_step(z, A, density=1.0, learning_rate=0.05):
+    """The outer step's second half, as main() takes it, with all sources present."""
+    alpha, present = torch.softmax(z, 0), torch.ones(len(z), dtype=torch.bool)
+    eta = 1 / alignment_scale(alpha * density, A, present)
+    z = z.clone()
+    mixture_step(z, mixture_gradient(alpha, A, present, eta, density), alpha, present, learning_rate)
+    return z
+
+
+def test_mixture_step_is_exponentiated_gradient_in_relative_units():
+    """alpha_k in proportion to alpha_k exp(rate A_k / rms): the minimiser of -rate <alpha, A / rms> + KL(alpha, old)."""
+    g = torch.Generator().manual_seed(5)
+    z, A = torch.randn(2, 6, generator=g, dtype=torch.float64)
+    alpha = torch.softmax(z, 0)
+    expected = alpha * torch.exp(0.05 * A / (alpha * A**2).sum().sqrt())
+    torch.testing.assert_close(torch.softmax(relative_step(z, A), 0), expected / expected.sum())
+    torch.testing.assert_close(relative_step(z, 1e-6 * A), relative_step(z, A))  # their scale does not matter
+
+    new = torch.softmax(relative_step(z, A), 0)
+
+    def objective(a):
+        return -0.05 * (a * A).sum() / (alpha * A**2).sum().sqrt() + (a * (a / alpha).log()).sum()
+    for d in 1e-3 * torch.randn(20, 6, generator=g, dtype=torch.float64):
+        assert objective(new) < objective(torch.softmax(new.log() + d, 0))
+
+
+def test_mixture_step_at_the_edges():
+    for A in (torch.zeros(3), torch.tensor([0.0, 0.0, 1e-20]), torch.tensor([-3.0, -1.0, -2.0])):
+        z = relative_step(torch.zeros(3), A)
+        assert z.abs().max() < 0.1 and z.argmax() == A.argmax()
+    lost = relative_step(torch.tensor([0.0, -200.0]), torch.tensor([1.0, 2.0]))  # alpha is 0 in float32
+    assert lost.isfinite().all()
+    # between equals there is nothing to choose, whatever their number: equal moves, and as if they were one
+    twice = relative_step(torch.tensor([0.3, -0.2, -0.2]), torch.tensor([1.0, 3.0, 3.0]))
+    once = relative_step(torch.tensor([0.3, -0.2 + math.log(2)]), torch.tensor([1.0, 3.0]))
+    assert twice[1] == twice[2]
+    torch.testing.assert_close(torch.softmax(twice, 0)[0], torch.softmax(once, 0)[0])
