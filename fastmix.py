@@ -654,6 +654,9 @@ def main():
     if searching and first.min() <= 0:
         fail(f"--start_mixture {args.start_mixture} gives {names[first.argmin()]} no weight, and a search cannot raise "
              "it from 0; give every source some")
+    if args.entropy * args.learning_rate_mixture >= 1:  # a step of this term takes log alpha times 1 - the product
+        fail(f"--entropy {args.entropy:g} times --learning_rate_mixture {args.learning_rate_mixture:g} must be below 1, or "
+             "the mixture overshoots; 10 already holds it near uniform")
     if args.uniform_share is None:
         args.uniform_share = 0.25 if searching else 0.0
     args.sources, args.target = ",".join(names), ",".join(target_names)  # what is saved says what was used

@@ -41,6 +41,7 @@ def broken(synthetic, tmp_path_factory):
 AB = ["--sources", "a,b", "--out_dir", "new"]
 CASES = {
     "unknown source": (["--sources", "a,nowhere"], "no set 'nowhere'", "there: a, b, b2", "prepare_data.py nowhere=PATH"),
+    "too much entropy": (["--sources", "a,b", "--entropy", 60], "--entropy 60 times --learning_rate_mixture 0.02"),
     "unknown target": (["--sources", "a,b", "--target", "nowhere"], "no set 'nowhere'"),
     "sample not prepared": ([], "no set 'numpy'", "with: python prepare_data.py"),
     "no data at all": (["--data_dir", "nothing", "--sources", "a"], "there: none"),

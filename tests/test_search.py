@@ -31,8 +31,8 @@ def found(synthetic):
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_finds_the_source_that_is_the_target(found, seed):
     mixture = found[f"planted-{seed}"]
-    assert mixture["b"] > 0.8, mixture
-    assert max(mixture[n] for n in ("a", "c", "noise")) < 0.12, mixture
+    assert mixture["b"] > 0.9, mixture
+    assert max(mixture[n] for n in ("a", "c", "noise")) < 0.05, mixture
 
 
 @pytest.mark.parametrize("name", ["weights", "sampling", "seldom"])
@@ -42,14 +42,8 @@ def test_finds_it_at_both_ends_of_the_equivalence(found, name):
 
 
 def test_a_source_given_twice_shares_its_weight(found):
-    """
-    Both halves keep a part, and together they get what the source gets alone. They need not be equal in one run:
-    between two equal alignments Adam moves on noise alone, so it is their average over seeds that is symmetric.
-    """
-    shares = []
+    """Together both halves get what the source gets alone; between them only noise moves the mixture, and little."""
     for seed in (4, 5, 6):
         twice = found[f"twice-{seed}"]
         assert abs(twice["b"] + twice["b2"] - found["once"]["b"]) < 0.1, (found["once"], twice)
-        shares.append(twice["b"] / (twice["b"] + twice["b2"]))
-        assert 0.1 < shares[-1] < 0.9, shares
-    assert 0.25 < sum(shares) / len(shares) < 0.75, shares
+        assert 0.35 < twice["b"] / (twice["b"] + twice["b2"]) < 0.65, twice
