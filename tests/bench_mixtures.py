@@ -87,8 +87,8 @@ def gradient_step(z, gradient, alpha, present, learning_rate):
 
 def adam(betas=(0.9, 0.95)):
     """
-    Adam on z with formula (3), as the authors' code does it; present sources only. Tried and dropped: it moves as fast
-    on a small difference as on a large one.
+    Adam on z with formula (3), present sources only. Tried and dropped: it moves as fast on a small difference as on a
+    large one.
     """
     moments = []
 
@@ -644,20 +644,21 @@ def figure(results, tasks, args, path):
 
 def figure_sensitivity(results, args, path):
     """Toward numpy: test loss after training at the mixture found with one setting changed."""
-    if not results.get(("numpy", "outer_every 1: last_half_average", args.seeds[0], args.steps, "base")):
+    seeds = [s for s in args.seeds if ("numpy", "outer_every 1: last_half_average", s, args.steps, "base") in results]
+    if not seeds:
         return
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     fig, axes = plt.subplots(1, len(SENSITIVITY), figsize=(14, 3.4), dpi=110, sharey=True, layout="constrained")
-    uniform = losses(results, "numpy", "uniform", args.seeds, args.steps).mean()
-    best = losses(results, "numpy", best_fixed(results, "numpy", args)[0], args.seeds, args.steps).mean()
+    uniform = losses(results, "numpy", "uniform", seeds, args.steps).mean()
+    best = losses(results, "numpy", best_fixed(results, "numpy", args)[0], seeds, args.steps).mean()
     for ax, (flag, values) in zip(axes, SENSITIVITY.items()):
         if flag == "seed":
             values = args.seeds
             found = [losses(results, "numpy", "FastMix: last_half_average", [s], args.steps) for s in values]
         else:
-            found = [losses(results, "numpy", f"{flag} {v}: last_half_average", args.seeds, args.steps) for v in values]
+            found = [losses(results, "numpy", f"{flag} {v}: last_half_average", seeds, args.steps) for v in values]
         labels = ["mostly noise" if "=" in str(v) else str(v) for v in values]
         for i, y in enumerate(found):
             if y is not None:
@@ -679,8 +680,8 @@ def figure_sensitivity(results, args, path):
 # ---------------------------------------------------------------------------------------------------------------------
 
 STAGES = {"compare": compare, "alignments": alignments,
-          "stretch": lambda bench, args: use_elsewhere(bench, args, args.seeds, steps=STRETCH * args.steps),
-          "transfer": lambda bench, args: use_elsewhere(bench, args, args.seeds, size="large"),
+          "stretch": lambda bench, args: use_elsewhere(bench, args, args.seeds[: args.far], steps=STRETCH * args.steps),
+          "transfer": lambda bench, args: use_elsewhere(bench, args, args.seeds[: args.far], size="large"),
           "sensitivity": sensitivity}
 
 
@@ -694,6 +695,7 @@ def main():
     p.add_argument("--steps", type=int, default=600)
     p.add_argument("--random", type=int, default=32, help="runs at random mixtures, for the RegMix-style search")
     p.add_argument("--best", type=int, default=3, help="best mixtures of the first seed to be run on all seeds")
+    p.add_argument("--far", type=int, default=1, help="seeds of the stages stretch and transfer, whose runs take longer")
     p.add_argument("--jobs", type=int, default=os.cpu_count())
     p.add_argument("--quick", action="store_true")
     p.add_argument("--table", action="store_true", help="run nothing")
