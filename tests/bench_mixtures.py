@@ -12,6 +12,7 @@ there is never run again. Seeds are paired: a seed fixes initialisation and batc
 """
 import argparse
 import contextlib
+import copy
 import json
 import multiprocessing
 import os
@@ -337,7 +338,7 @@ def study_alignments(work, job):
     """
     Does the shortcut hold? For checkpoints early, in the middle and at the end of a search: each source's alignment at
     the head (formula (2)), its alignment over all parameters, and the target's true change of loss after one AdamW step
-    on the source alone, each from the same 512 sequences a source. Returns one line of the results a checkpoint.
+    on the source alone, each from the same 256 sequences a source. Returns one line of the results a checkpoint.
     """
     torch.set_num_threads(1)
     names, target_names = (t.split(",") for t in TASKS[job["task"]])
@@ -370,7 +371,7 @@ def measure(work, names, target_names, ckpt):
         net = fastmix.GPT(fastmix.GPTConfig(**ckpt["config"]))
         net.load_state_dict(ckpt["model"])
         optimizer = net.configure_optimizer(args.learning_rate, args.weight_decay, (0.9, 0.95), fused=False)
-        optimizer.load_state_dict(ckpt["optimizer"])  # with the learning rate of its step
+        optimizer.load_state_dict(copy.deepcopy(ckpt["optimizer"]))  # a step moves its tensors, which it does not copy
         return net, optimizer
 
     def loss(net, x, y):
@@ -380,7 +381,7 @@ def measure(work, names, target_names, ckpt):
         return torch.cat([g.flatten() for g in torch.autograd.grad(loss(net, x, y), list(net.parameters()))])
 
     net, _ = model_and_optimizer()
-    x_val, y_val = batch([sets[n] for n in target_names], "val", 512)
+    x_val, y_val = batch([sets[n] for n in target_names], "val", 256)
     G_val = fastmix.target_gradient(net, net.lm_head.weight, x_val, y_val, y_val.numel())
     g_val = gradient(net, x_val, y_val)
     with torch.no_grad():
@@ -388,7 +389,7 @@ def measure(work, names, target_names, ckpt):
     found = {"head": [], "all": [], "change": []}
     for name in names:
         head, full, change = [], [], []
-        for _ in range(8):
+        for _ in range(4):
             x, y = batch([sets[name]], "train", 64)
             with torch.no_grad():
                 _, _, alignment = fastmix.batch_loss(net, net.lm_head.weight, x, y, torch.ones(64), y.numel(), G_val)
@@ -450,18 +451,25 @@ SENSITIVITY = {
     "start_mixture": ("uniform", "proportional", "noise=0.9,python=0.02,cpp=0.02,prose=0.02,math=0.02,legal=0.02")}
 
 
+DEFAULTS = {"learning_rate_mixture": 0.02, "outer_every": 1, "target_batch_size": 8, "start_mixture": "uniform"}
+
+
+def search_with(flag, value):
+    """The name of a search with one setting changed; at the default it is the search that is there anyway."""
+    return "FastMix" if value == DEFAULTS[flag] else f"{flag} {value}"
+
+
 def sensitivity(bench, args):
     names = TASKS["numpy"][0].split(",")
-    for flag, values in SENSITIVITY.items():
-        for value in values:
-            for seed in args.seeds:
-                bench.add("numpy", f"search {flag} {value}", seed, flags=["--" + flag, value])
+    settings = [(flag, value, seed) for flag, values in SENSITIVITY.items() for value in values for seed in args.seeds]
+    for flag, value, seed in settings:
+        bench.add("numpy", f"search {search_with(flag, value)}", seed,
+                  flags=[] if value == DEFAULTS[flag] else ["--" + flag, value])
     bench.run()
-    for flag, values in SENSITIVITY.items():
-        for value in values:
-            for seed in args.seeds:
-                found = bench.get("numpy", f"search {flag} {value}", seed)["mixtures"]["last_half_average"]
-                bench.add("numpy", f"{flag} {value}: last_half_average", seed, dict(zip(names, found)))
+    for flag, value, seed in settings:
+        what = search_with(flag, value)
+        found = bench.get("numpy", f"search {what}", seed)["mixtures"]["last_half_average"]
+        bench.add("numpy", f"{what}: last_half_average", seed, dict(zip(names, found)))
     bench.run()
 
 
@@ -644,7 +652,7 @@ def figure(results, tasks, args, path):
 
 def figure_sensitivity(results, args, path):
     """Toward numpy: test loss after training at the mixture found with one setting changed."""
-    seeds = [s for s in args.seeds if ("numpy", "outer_every 1: last_half_average", s, args.steps, "base") in results]
+    seeds = [s for s in args.seeds if ("numpy", "outer_every 4: last_half_average", s, args.steps, "base") in results]
     if not seeds:
         return
     import matplotlib
@@ -658,7 +666,8 @@ def figure_sensitivity(results, args, path):
             values = args.seeds
             found = [losses(results, "numpy", "FastMix: last_half_average", [s], args.steps) for s in values]
         else:
-            found = [losses(results, "numpy", f"{flag} {v}: last_half_average", seeds, args.steps) for v in values]
+            found = [losses(results, "numpy", f"{search_with(flag, v)}: last_half_average", seeds, args.steps)
+                     for v in values]
         labels = ["mostly noise" if "=" in str(v) else str(v) for v in values]
         for i, y in enumerate(found):
             if y is not None:

@@ -105,5 +105,5 @@ def test_a_sparse_file_of_20_gb_is_not_read_through(tmp_path):
 
 def test_killed_at_random_moments(tmp_path):
     """A short form of bench_kill.py."""
-    found = kill_loop(tmp_path, runs=2, seed=3, say=lambda *_, **__: None)
+    found = kill_loop(tmp_path, runs=1, seed=3, say=lambda *_, **__: None)
     assert None not in found and sum(map(len, found)) >= 2, found
