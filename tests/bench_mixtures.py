@@ -523,21 +523,23 @@ ROWS = {"uniform": "uniform", "proportional": "proportional to tokens", "best si
 
 
 def regret(results, task, what, args):
-    """(S,) how much worse than the best fixed mixture known, in % of its loss, seed by seed; None if not all ran."""
-    seeds = args.seeds
-    if what == "best single source":  # on the first seed only
-        single = [r for r in results.values() if r["task"] == task and r["what"].startswith("only ")
-                  and r["steps"] == args.steps and r["size"] == "base" and r["seed"] == seeds[0]]
-        what, seeds = min(single, key=lambda r: r["test_loss"])["what"] if single else what, seeds[:1]
+    """(S,) how much worse than the best fixed mixture known, in % of its loss, on each seed that ran; None if none did."""
+    single = [r for r in results.values() if r["task"] == task and r["what"].startswith("only ")
+              and r["steps"] == args.steps and r["size"] == "base" and r["seed"] == args.seeds[0]]
+    if what == "best single source" and single:  # on the first seed only
+        what = min(single, key=lambda r: r["test_loss"])["what"]
+    seeds = [s for s in args.seeds if (task, what, s, args.steps, "base") in results]
     best = losses(results, task, best_fixed(results, task, args)[0], seeds, args.steps)
-    loss = losses(results, task, what, seeds, args.steps)
-    return None if loss is None else 100 * (loss / best - 1)
+    return 100 * (losses(results, task, what, seeds, args.steps) / best - 1) if seeds else None
 
 
-def cell(values):
+def cell(values, n_seeds):
+    """Mean (lowest to highest), and how many seeds where not all ran."""
     if values is None:
         return ""
-    return f"{values.mean():+.2f} " + (f"({values.min():+.2f} to {values.max():+.2f})" if len(values) > 1 else "(one seed)")
+    spread = [f"{values.min():+.2f} to {values.max():+.2f}"] if len(values) > 1 else []
+    seeds = [f"{len(values)} seed{'s' * (len(values) > 1)}"] if len(values) < n_seeds else []
+    return f"{values.mean():+.2f}" + (f" ({'; '.join(spread + seeds)})" if spread + seeds else "")
 
 
 def show(args):
@@ -547,7 +549,7 @@ def show(args):
           "mixture known, mean over the seeds (lowest to highest)\n")
     print("| | cost | " + " | ".join(TITLES[t] for t in tasks) + " |\n| --- | --- |" + " --- |" * len(tasks))
     for what, title in ROWS.items():
-        cells = [cell(regret(results, t, what, args)) for t in tasks]
+        cells = [cell(regret(results, t, what, args), len(args.seeds)) for t in tasks]
         if any(cells):
             print(f"| {title} | {cost_of(what, args):.2f} | " + " | ".join(cells) + " |")
     for task in tasks:
@@ -608,7 +610,7 @@ def show_elsewhere(results, tasks, title, steps, size):
             ran = [s for s in seeds if losses(results, task, "uniform", [s], steps, size) is not None
                    and losses(results, task, what, [s], steps, size) is not None]
             cells.append(cell(100 * (losses(results, task, what, ran, steps, size)
-                                     / losses(results, task, "uniform", ran, steps, size) - 1) if ran else None))
+                                     / losses(results, task, "uniform", ran, steps, size) - 1) if ran else None, len(seeds)))
         print(f"| {ROWS.get(what, 'best fixed mixture of the small runs')} | " + " | ".join(cells) + " |")
 
 

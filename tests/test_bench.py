@@ -2,9 +2,10 @@
 import json
 
 import numpy as np
+import torch
 
 import bench_mixtures
-from conftest import run
+from conftest import TINY, run
 
 
 def test_regmix_style_search_finds_the_minimum_of_a_quadratic():
@@ -33,3 +34,11 @@ def test_table_from_stored_lines(tmp_path):
     assert "| uniform | 0.00 | +9.55 (+9.09 to +10.00) |" in out
     assert "FastMix, replayed trajectory** | 1." in out and "| +0.50 (+0.00 to +1.00) |" in out
     assert (tmp_path / "mixtures.png").stat().st_size > 10_000
+
+
+def test_alignment_study_leaves_its_checkpoint_as_it_was(synthetic):
+    """Each trial step is the first after the checkpoint: none finds the moments of the one before."""
+    run("fastmix.py", *TINY, "--sources", "a,b", "--target", "target", "--max_steps", 5, "--out_dir", "study", cwd=synthetic)
+    ckpt = torch.load(synthetic / "study" / "ckpt.pt", weights_only=True)
+    once, again = (bench_mixtures.measure(synthetic, ["a", "b"], ["target"], ckpt) for _ in range(2))
+    assert once == again and all(len(v) == 2 for v in once.values())
