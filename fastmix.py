@@ -12,6 +12,7 @@ gradient of the target loss one inner step ahead, w' = w - eta sum_k alpha_k g_k
     (1) weights   draw sources from q = (1 - eps) alpha + eps / K and weight source k's loss by alpha_k / q_k;
                   the expected gradient is sum_k alpha_k g_k for every eps               -> draw(), "inner step"
     (2) alignment A_k = <g_val, g_k>, taken at the LM head, from the pass that trains     -> head_pass()
+                  or, with --alignment all, over all parameters                         -> full_alignment()
     (3) mixture   dL_val(w')/dz_k = -eta alpha_k (A_k - sum_j alpha_j A_j), stepped as     -> mixture_gradient(),
                   mirror descent in relative units: z_k += rate (A_k - mean) / rms            mixture_step()
 
@@ -102,6 +103,8 @@ def parse_args(defaults=None):
           ("uniform_share", number(0, 1), None, "eps: share of sequences drawn uniformly over the sources; 1 is the "
                                                 "paper's loss weights, 0 is sampling by the mixture (default: 0.25 in "
                                                 "a search, 0 with --mixture, where no source needs measuring)"),
+          ("alignment", ("head", "all"), "head", "parameters that alignments are taken over; all: one pass of the target "
+                                                 "and half a training step more an outer step, so raise --outer_every"),
           ("outer_every", positive, 1, "optimizer steps between two outer steps"),
           ("learning_rate_mixture", number(0), 0.02, "step on z of a source whose alignment is above the mean by the "
                                                          "alignments' rms"),
@@ -376,6 +379,32 @@ def target_gradient(model, weight, x, y, n_learned):
     return head_pass(hidden, weight, y.flatten(), learned / n_learned, grad_weight=True)[3]
 
 
+def full_target_gradient(net, x, y, n_learned):
+    """
+    The target's gradient over all parameters, {name: gradient}, or the part of it that the sequences x, y (B, T)
+    contribute: the mean over the batch's n_learned learned tokens. One forward and one backward pass.
+    """
+    loss = fused_cross_entropy(net(x).flatten(0, 1), net.lm_head.weight, y.flatten(), divisor=n_learned)[0]
+    names, parameters = zip(*net.named_parameters())
+    return dict(zip(names, torch.autograd.grad(loss, parameters)))
+
+
+@torch.no_grad()
+def full_alignment(net, x, y, token_loss, g_val, shift=1e-4):
+    """
+    Alignments (B, T) over all parameters. <g_val, g_t> is the derivative of token t's loss along g_val, so that one
+    forward pass at weights moved against g_val, by `shift` of their norm, gives every token's by a finite difference.
+    x, y (B, T); token_loss (B, T) at the weights as they are; g_val as full_target_gradient() returns it.
+    """
+    weights = dict(net.named_parameters())
+    norm, size = (torch.stack([t.norm() for t in tensors.values()]).norm() for tensors in (g_val, weights))
+    distance = shift * size / norm.clamp(min=1e-30)
+    moved = {name: w - distance * g_val[name] for name, w in weights.items()}
+    hidden = torch.func.functional_call(net, moved, (x,))  # (B, T, C)
+    after = fused_cross_entropy(hidden.flatten(0, 1), moved["lm_head.weight"], y.flatten(), divisor=1)[1]
+    return (token_loss - after.view_as(y)) / distance
+
+
 def batch_loss(model, head, x, y, r, n_tokens, G_val=None):
     """
     A micro-batch's part of the step's loss, sum_t r_t token_loss_t / n_tokens. x, y (B, T); r (B,) weights of its
@@ -615,9 +644,12 @@ def main():
         if device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl" if device == "cuda" else "gloo")
-    dtype = args.dtype if args.dtype != "auto" else "bfloat16" if device == "cuda" else "float32"
+    small = device == "cuda" and args.alignment == "head"  # what bfloat16 rounds away, a difference of losses needs
+    dtype = args.dtype if args.dtype != "auto" else "bfloat16" if small else "float32"
     autocast = torch.autocast(device, torch.bfloat16) if dtype == "bfloat16" else contextlib.nullcontext()
-    torch.set_float32_matmul_precision("high")  # TF32 on CUDA
+    if args.alignment == "all" and dtype != "float32":
+        fail("--dtype bfloat16 rounds away the differences of losses that --alignment all takes; use --dtype float32")
+    torch.set_float32_matmul_precision("highest" if args.alignment == "all" else "high")  # high: TF32 on CUDA
 
     # data
     sample = args.sources is None
@@ -840,10 +872,14 @@ def main():
         if outer:
             u = uniform_numbers(args.target_batch_size + 1, target_rng)
             x, y = gather(targets, "val", draw(np.ones(len(targets)), u), u[1:])
-            with autocast:
-                G_val = target_gradient(model, head, *to_device(x[rank::world], y[rank::world]), (y != IGNORE).sum())
-            if world > 1:
-                dist.all_reduce(G_val)
+            mine, n_learned = to_device(x[rank::world], y[rank::world]), (y != IGNORE).sum()
+            if args.alignment == "all":
+                g_val = full_target_gradient(net, *mine, n_learned)
+            else:
+                with autocast:
+                    G_val = target_gradient(model, head, *mine, n_learned)
+            for part in (g_val.values() if args.alignment == "all" else [G_val]) if world > 1 else []:
+                dist.all_reduce(part)
 
         # ---- inner step: weighted loss of sequences drawn from q
         alpha = alpha_at(step)  # (K,)
@@ -873,6 +909,8 @@ def main():
                                                          G_val)
             with contextlib.nullcontext() if world == 1 or last_micro else shared.no_sync():
                 (loss * world).backward()
+            if outer and args.alignment == "all":
+                alignment = full_alignment(net, x, y, token_loss, g_val)
             member = (k == member_of).float()  # (K, B) one-hot: a matmul adds up by source, in a fixed order
             seen[0] += member @ token_loss.sum(1)
             seen[1] += member @ alignment.sum(1) if outer else 0.0

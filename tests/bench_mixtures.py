@@ -41,9 +41,11 @@ TASKS = {  # name: (sources, target)
 }
 TITLES = {"numpy": "toward numpy", "own": "own val splits", "scarce": "scarce target", "noisy": "half of no use"}
 SEARCHES = {"FastMix": [], "eps 0": ["--uniform_share", "0"], "eps 1": ["--uniform_share", "1"],
-            "every 20": ["--outer_every", "20"], "Adam": [], "DoGE": [],
+            "every 20": ["--outer_every", "20"], "all": ["--alignment", "all"],
+            "all every 4": ["--alignment", "all", "--outer_every", "4", "--learning_rate_mixture", "0.08"], "Adam": [], "DoGE": [],
             "DoReMi": ["--learning_rate_mixture", "0.1"]}
 SUMMARIES = {**dict.fromkeys(("FastMix", "Adam"), ("last", "last_half_average", "run_average", "trajectory")),
+             **dict.fromkeys(("all", "all every 4"), ("last_half_average", "run_average", "trajectory")),
              **dict.fromkeys(("eps 0", "eps 1", "every 20"), ("last_half_average",)),
              **dict.fromkeys(("DoGE", "DoReMi"), ("run_average",))}  # as both papers do
 SIZES = {"base": {"n_layer": 2, "n_head": 2, "n_embd": 64}, "large": {"n_layer": 4, "n_head": 4, "n_embd": 128}}
@@ -487,6 +489,8 @@ def flops(size, steps, search=None, block_size=64, batch_size=16, target_batch_s
     extra = 0.0
     if search == "DoReMi":
         extra = tokens * forward  # the reference model reads along
+    elif search and search.startswith("all"):  # the target forward and backward, the batch forward
+        extra = (3 * target_batch_size * block_size + tokens) * forward / (4 if "4" in search else 1)
     elif search:
         extra = (target_batch_size * block_size * (forward + 2 * V * C) + tokens * 2 * V * C) \
             / (20 if search == "every 20" else 1)
@@ -513,6 +517,11 @@ ROWS = {"uniform": "uniform", "proportional": "proportional to tokens", "best si
         "FastMix: last_half_average": "**FastMix, average of the last half**", "FastMix: last": "FastMix, last mixture",
         "FastMix: run_average": "FastMix, average of the run",
         "FastMix: trajectory": "**FastMix, replayed trajectory**",
+        "all: last_half_average": "`--alignment all`, average of the last half",
+        "all: trajectory": "`--alignment all`, replayed trajectory",
+        "all every 4: last_half_average": "**`--alignment all`, every 4, average of the last half**",
+        "all every 4: run_average": "`--alignment all`, every 4, average of the run",
+        "all every 4: trajectory": "**`--alignment all`, every 4, replayed trajectory**",
         "eps 0: last_half_average": "`--uniform_share 0`", "eps 0: trajectory": "`--uniform_share 0`, replayed",
         "eps 1: last_half_average": "`--uniform_share 1`", "eps 1: trajectory": "`--uniform_share 1`, replayed",
         "every 20: last_half_average": "`--outer_every 20`", "every 20: trajectory": "`--outer_every 20`, replayed",

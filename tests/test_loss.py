@@ -3,7 +3,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastmix import IGNORE, batch_loss, fused_cross_entropy, head_pass, target_gradient
+from fastmix import (IGNORE, batch_loss, full_alignment, full_target_gradient, fused_cross_entropy, head_pass,
+                     target_gradient)
 from model import GPT, GPTConfig
 
 N, V, C = 23, 17, 6
@@ -131,6 +132,40 @@ def test_alignments_of_sources_equal_explicit_backward_passes():
         rows = source == k
         torch.testing.assert_close(alignment[rows].mean(), (g_val * head_gradient(x[rows], y[rows])).sum())
     torch.testing.assert_close(loss, (r[:, None] * token_loss).sum() / (B * T))
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 0.005), (torch.float32, 0.02)])
+def test_alignments_over_all_parameters_equal_explicit_backward_passes(dtype, tolerance):
+    """The finite difference of --alignment all against one backward pass per source, with masked tokens."""
+    K, B, T = 3, 9, 8
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(V, T, 2, 2, 8)).to(dtype)
+    with torch.no_grad():
+        for p in model.parameters():  # away from the start, where all gradients are alike
+            p += 0.3 * torch.randn_like(p)
+    x, y = torch.randint(0, V, (2, B, T))
+    target_x, target_y = torch.randint(0, V, (2, 4, T))
+    y[:, ::3] = target_y[:, 5] = IGNORE
+    before = [p.clone() for p in model.parameters()]
+
+    def gradient(x, y):
+        logits = model(x) @ model.lm_head.weight.T
+        return torch.autograd.grad(F.cross_entropy(logits.flatten(0, 1), y.flatten(), ignore_index=IGNORE),
+                                   list(model.parameters()))
+    g_val = full_target_gradient(model, target_x, target_y, (target_y != IGNORE).sum())
+    expected_g_val = gradient(target_x, target_y)
+    for got, want in zip(g_val.values(), expected_g_val):
+        torch.testing.assert_close(got, want)
+    _, token_loss, _ = batch_loss(model, model.lm_head.weight, x, y, torch.ones(B, dtype=dtype), B * T)
+    alignment = full_alignment(model, x, y, token_loss, g_val)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters())) and (alignment[y == IGNORE] == 0).all()
+    got, want = torch.empty(2, K, dtype=dtype)
+    for k in range(K):
+        rows = slice(3 * k, 3 * k + 3)
+        got[k] = alignment[rows].sum() / (y[rows] != IGNORE).sum()
+        want[k] = sum((a * b).sum() for a, b in zip(expected_g_val, gradient(x[rows], y[rows])))
+    assert (got - want).abs().max() < tolerance * want.abs().max(), (got, want)
+    assert want.abs().min() > 0.01 * want.abs().max()  # none is a mere zero
 
 
 def test_head_pass_computes_only_what_is_asked():
