@@ -41,6 +41,7 @@ def broken(synthetic, tmp_path_factory):
 AB = ["--sources", "a,b", "--out_dir", "new"]
 CASES = {
     "unknown source": (["--sources", "a,nowhere"], "no set 'nowhere'", "there: a, b, b2", "prepare_data.py nowhere=PATH"),
+    "differences in bfloat16": ([*AB, "--alignment", "all", "--dtype", "bfloat16"], "use --dtype float32"),
     "too much entropy": (["--sources", "a,b", "--entropy", 60], "--entropy 60 times --learning_rate_mixture 0.02"),
     "unknown target": (["--sources", "a,b", "--target", "nowhere"], "no set 'nowhere'"),
     "sample not prepared": ([], "no set 'numpy'", "with: python prepare_data.py"),
