@@ -632,7 +632,8 @@ def figure(results, tasks, args, path):
                              layout="constrained", sharey=False)
     points = (("FastMix: last_half_average", "#0072B2", "o", "FastMix, last half"),
               ("FastMix: trajectory", "#56B4E9", "D", "FastMix, replayed"),
-              ("Adam: last_half_average", "#D55E00", "P", "Adam on z, last half"),
+              ("all: last_half_average", "#D55E00", "P", "--alignment all, last half"),
+              ("all every 4: last_half_average", "#F0E442", "X", "--alignment all, every 4, last half"),
               ("DoGE: run_average", "#E69F00", "^", "DoGE's rule"),
               ("DoReMi: run_average", "#CC79A7", "v", "DoReMi's rule"))
     for ax, task in zip(axes[0], tasks):
@@ -648,7 +649,7 @@ def figure(results, tasks, args, path):
                                              *(([w], c, m, text) for w, c, m, text in points)]:
             found = np.array(points_of(whats))
             if len(found):
-                found[:, 0] *= 1 + 0.08 * max(0, "oP^Dv".find(marker))  # side by side where they cost the same
+                found[:, 0] *= 1 + 0.08 * max(0, "oX^Dv".find(marker))  # side by side where they cost the same
                 ax.errorbar(found[:, 0], found[:, 1], yerr=found[:, 2:].T, color=colour, marker=marker, markersize=6,
                             linewidth=1, capsize=2, label=label)
         ax.set(title=TITLES[task], xlabel="cost of the search (proxy runs)", xscale="log", xlim=(0.8, 90))

@@ -9,7 +9,7 @@ README = (ROOT / "README.md").read_text()
 def test_line_ranges():
     links = re.findall(r"\[`(\w+)`\]\(fastmix\.py#L(\d+)-L(\d+)\)", README)
     lines = (ROOT / "fastmix.py").read_text().splitlines()
-    assert len(links) == 7
+    assert len(links) == 9
     for name, first, last in links:
         body = lines[int(first) - 1: int(last)]
         assert body[0].startswith(f"def {name}("), (name, body[0])
