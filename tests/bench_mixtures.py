@@ -633,7 +633,7 @@ def figure(results, tasks, args, path):
     points = (("FastMix: last_half_average", "#0072B2", "o", "FastMix, last half"),
               ("FastMix: trajectory", "#56B4E9", "D", "FastMix, replayed"),
               ("all: last_half_average", "#D55E00", "P", "--alignment all, last half"),
-              ("all every 4: last_half_average", "#F0E442", "X", "--alignment all, every 4, last half"),
+              ("all every 4: last_half_average", "#332288", "X", "--alignment all, every 4, last half"),
               ("DoGE: run_average", "#E69F00", "^", "DoGE's rule"),
               ("DoReMi: run_average", "#CC79A7", "v", "DoReMi's rule"))
     for ax, task in zip(axes[0], tasks):
