@@ -3,7 +3,7 @@ Does the search find the best mixture, and at what price? FastMix against fixed 
 update rules of DoGE and DoReMi, by the target's test loss of models trained from scratch for the same number of steps.
 
     python tests/bench_mixtures.py --quick           one task, short runs: 5 minutes on 2 cores
-    python tests/bench_mixtures.py                   four tasks, about 2 hours on 2 cores; stop and go on as you like
+    python tests/bench_mixtures.py                   four tasks, some 3 hours on 2 cores; stop and go on as you like
     python tests/bench_mixtures.py --stages alignments transfer stretch sensitivity       the other questions
     python tests/bench_mixtures.py --table --results tests/bench_mixtures.jsonl           from stored results, no run
 
