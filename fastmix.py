@@ -103,8 +103,8 @@ def parse_args(defaults=None):
           ("uniform_share", number(0, 1), None, "eps: share of sequences drawn uniformly over the sources; 1 is the "
                                                 "paper's loss weights, 0 is sampling by the mixture (default: 0.25 in "
                                                 "a search, 0 with --mixture, where no source needs measuring)"),
-          ("alignment", ("head", "all"), "head", "parameters that alignments are taken over; all: one pass of the target "
-                                                 "and half a training step more an outer step, so raise --outer_every"),
+          ("alignment", ("head", "all"), "head", "parameters that alignments are taken over; all costs another 0.6 of a "
+                                                 "training step an outer step, see the README"),
           ("outer_every", positive, 1, "optimizer steps between two outer steps"),
           ("learning_rate_mixture", number(0), 0.02, "step on z of a source whose alignment is above the mean by the "
                                                          "alignments' rms"),
@@ -687,8 +687,8 @@ def main():
         fail(f"--start_mixture {args.start_mixture} gives {names[first.argmin()]} no weight, and a search cannot raise "
              "it from 0; give every source some")
     if args.entropy * args.learning_rate_mixture >= 1:  # a step of this term takes log alpha times 1 - the product
-        fail(f"--entropy {args.entropy:g} times --learning_rate_mixture {args.learning_rate_mixture:g} must be below 1, or "
-             "the mixture overshoots; 10 already holds it near uniform")
+        fail(f"--entropy {args.entropy:g} times --learning_rate_mixture {args.learning_rate_mixture:g} must be below 1, "
+             "or the mixture overshoots; 10 already holds it near uniform")
     if args.uniform_share is None:
         args.uniform_share = 0.25 if searching else 0.0
     args.sources, args.target = ",".join(names), ",".join(target_names)  # what is saved says what was used
@@ -866,20 +866,22 @@ def main():
         if last:
             break
 
-        # ---- outer step, first half: the target's gradient at the head
+        # ---- outer step, first half: the target's gradient, at the head or over all parameters
         outer = searching and step % args.outer_every == 0
-        G_val = None
+        G_val = g_val = None
         if outer:
             u = uniform_numbers(args.target_batch_size + 1, target_rng)
             x, y = gather(targets, "val", draw(np.ones(len(targets)), u), u[1:])
-            mine, n_learned = to_device(x[rank::world], y[rank::world]), (y != IGNORE).sum()
+            n_learned = (y != IGNORE).sum()
+            x, y = to_device(x[rank::world], y[rank::world])
             if args.alignment == "all":
-                g_val = full_target_gradient(net, *mine, n_learned)
+                g_val = full_target_gradient(net, x, y, n_learned)
             else:
                 with autocast:
-                    G_val = target_gradient(model, head, *mine, n_learned)
-            for part in (g_val.values() if args.alignment == "all" else [G_val]) if world > 1 else []:
-                dist.all_reduce(part)
+                    G_val = target_gradient(model, head, x, y, n_learned)
+            if world > 1:
+                for part in g_val.values() if g_val else [G_val]:
+                    dist.all_reduce(part)
 
         # ---- inner step: weighted loss of sequences drawn from q
         alpha = alpha_at(step)  # (K,)
@@ -909,7 +911,7 @@ def main():
                                                          G_val)
             with contextlib.nullcontext() if world == 1 or last_micro else shared.no_sync():
                 (loss * world).backward()
-            if outer and args.alignment == "all":
+            if g_val:
                 alignment = full_alignment(net, x, y, token_loss, g_val)
             member = (k == member_of).float()  # (K, B) one-hot: a matmul adds up by source, in a fixed order
             seen[0] += member @ token_loss.sum(1)
