@@ -42,8 +42,8 @@ TASKS = {  # name: (sources, target)
 TITLES = {"numpy": "toward numpy", "own": "own val splits", "scarce": "scarce target", "noisy": "half of no use"}
 SEARCHES = {"FastMix": [], "eps 0": ["--uniform_share", "0"], "eps 1": ["--uniform_share", "1"],
             "every 20": ["--outer_every", "20"], "all": ["--alignment", "all"],
-            "all every 4": ["--alignment", "all", "--outer_every", "4", "--learning_rate_mixture", "0.08"], "Adam": [], "DoGE": [],
-            "DoReMi": ["--learning_rate_mixture", "0.1"]}
+            "all every 4": ["--alignment", "all", "--outer_every", "4", "--learning_rate_mixture", "0.08"],
+            "Adam": [], "DoGE": [], "DoReMi": ["--learning_rate_mixture", "0.1"]}
 SUMMARIES = {**dict.fromkeys(("FastMix", "Adam"), ("last", "last_half_average", "run_average", "trajectory")),
              **dict.fromkeys(("all", "all every 4"), ("last_half_average", "run_average", "trajectory")),
              **dict.fromkeys(("eps 0", "eps 1", "every 20"), ("last_half_average",)),
@@ -481,19 +481,23 @@ def sensitivity(bench, args):
 def flops(size, steps, search=None, block_size=64, batch_size=16, target_batch_size=8, V=257):
     """
     Of one run: 2 a weight and token forward and 4 backward (Kaplan et al., arXiv 2001.08361), attention 2 T C a token,
-    layer and pass. A search adds the target's forward pass, its head gradient and the alignments' matmul.
+    layer and pass. A search (a key of SEARCHES) adds the target's forward pass, its head gradient and the alignments'
+    matmul; over all parameters, the target's backward pass too and the batch's forward pass.
     """
     L, C = SIZES[size]["n_layer"], SIZES[size]["n_embd"]
     forward = 2 * (12 * L * C**2 + V * C) + 2 * L * block_size * C
     tokens, cost = batch_size * block_size, 3 * forward
-    extra = 0.0
-    if search == "DoReMi":
+    flags = SEARCHES.get(search, [])
+    target_tokens = target_batch_size * block_size
+    every = int(flags[flags.index("--outer_every") + 1]) if "--outer_every" in flags else 1
+    if search is None:
+        extra = 0.0
+    elif search == "DoReMi":
         extra = tokens * forward  # the reference model reads along
-    elif search and search.startswith("all"):  # the target forward and backward, the batch forward
-        extra = (3 * target_batch_size * block_size + tokens) * forward / (4 if "4" in search else 1)
-    elif search:
-        extra = (target_batch_size * block_size * (forward + 2 * V * C) + tokens * 2 * V * C) \
-            / (20 if search == "every 20" else 1)
+    elif "--alignment" in flags:  # the target forward and backward, the batch forward
+        extra = (3 * target_tokens + tokens) * forward / every
+    else:
+        extra = (target_tokens * (forward + 2 * V * C) + tokens * 2 * V * C) / every
     return steps * (tokens * cost + extra)
 
 
@@ -532,7 +536,7 @@ ROWS = {"uniform": "uniform", "proportional": "proportional to tokens", "best si
 
 
 def regret(results, task, what, args):
-    """(S,) how much worse than the best fixed mixture known, in % of its loss, on each seed that ran; None if none did."""
+    """(S,) loss above the best fixed mixture known, in % of it, on each seed that ran; None if none did."""
     single = [r for r in results.values() if r["task"] == task and r["what"].startswith("only ")
               and r["steps"] == args.steps and r["size"] == "base" and r["seed"] == args.seeds[0]]
     if what == "best single source" and single:  # on the first seed only
@@ -581,7 +585,7 @@ def show(args):
           f"{flops('base', args.steps, 'FastMix'):.3g} FLOPs, {seconds['search FastMix']:.0f} s")
     show_alignments(results, args)
     for title, steps, size in ((f"{STRETCH} times as many steps", STRETCH * args.steps, "base"),
-                               ("a model 7 times as large", args.steps, "large")):
+                               ("a model 6.5 times as large", args.steps, "large")):
         show_elsewhere(results, tasks, title, steps, size)
     folder = Path(args.results).parent
     if tasks:
@@ -618,8 +622,9 @@ def show_elsewhere(results, tasks, title, steps, size):
         for task in tasks:
             ran = [s for s in seeds if losses(results, task, "uniform", [s], steps, size) is not None
                    and losses(results, task, what, [s], steps, size) is not None]
-            cells.append(cell(100 * (losses(results, task, what, ran, steps, size)
-                                     / losses(results, task, "uniform", ran, steps, size) - 1) if ran else None, len(seeds)))
+            gain = 100 * (losses(results, task, what, ran, steps, size)
+                          / losses(results, task, "uniform", ran, steps, size) - 1) if ran else None
+            cells.append(cell(gain, len(seeds)))
         print(f"| {ROWS.get(what, 'best fixed mixture of the small runs')} | " + " | ".join(cells) + " |")
 
 
@@ -716,7 +721,7 @@ def main():
     p.add_argument("--steps", type=int, default=600)
     p.add_argument("--random", type=int, default=32, help="runs at random mixtures, for the RegMix-style search")
     p.add_argument("--best", type=int, default=3, help="best mixtures of the first seed to be run on all seeds")
-    p.add_argument("--far", type=int, default=1, help="seeds of the stages stretch and transfer, whose runs take longer")
+    p.add_argument("--far", type=int, default=1, help="seeds of stretch and transfer, whose runs take longer")
     p.add_argument("--jobs", type=int, default=os.cpu_count())
     p.add_argument("--quick", action="store_true")
     p.add_argument("--table", action="store_true", help="run nothing")

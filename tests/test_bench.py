@@ -38,7 +38,8 @@ def test_table_from_stored_lines(tmp_path):
 
 def test_alignment_study_leaves_its_checkpoint_as_it_was(synthetic):
     """Each trial step is the first after the checkpoint: none finds the moments of the one before."""
-    run("fastmix.py", *TINY, "--sources", "a,b", "--target", "target", "--max_steps", 5, "--out_dir", "study", cwd=synthetic)
+    run("fastmix.py", *TINY, "--sources", "a,b", "--target", "target", "--max_steps", 5, "--out_dir", "study",
+        cwd=synthetic)
     ckpt = torch.load(synthetic / "study" / "ckpt.pt", weights_only=True)
     once, again = (bench_mixtures.measure(synthetic, ["a", "b"], ["target"], ckpt) for _ in range(2))
     assert once == again and all(len(v) == 2 for v in once.values())

@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastmix import (IGNORE, alignment_scale, batch_loss, draw, entropy_gradient, fused_cross_entropy, gather, head_pass,
-                     loss_weights, mixture_gradient, mixture_step)
+from fastmix import (IGNORE, alignment_scale, batch_loss, draw, entropy_gradient, fused_cross_entropy, gather,
+                     head_pass, loss_weights, mixture_gradient, mixture_step)
 from model import GPT, GPTConfig
 
 
@@ -147,7 +147,6 @@ def test_absent_source_keeps_its_logit_and_stays_out_of_the_centring():
     # whatever number stands for the missing alignment changes nothing
     torch.testing.assert_close(gradient, mixture_gradient(alpha, torch.tensor([2.0, -50.0, 1.0]), present))
 
-
     z = torch.tensor([0.5, 1.0, -0.3])
     mixture_step(z, gradient + 7.0 * (~present), alpha, present, 0.1)
     assert z[1] == 1.0 and z[0] > 0.5 and z[2] < -0.3
@@ -172,7 +171,7 @@ def relative_step(z, A, density=1.0, learning_rate=0.05):
 
 
 def test_mixture_step_is_exponentiated_gradient_in_relative_units():
-    """alpha_k in proportion to alpha_k exp(rate A_k / rms): the minimiser of -rate <alpha, A / rms> + KL(alpha, old)."""
+    """alpha_k goes as alpha_k exp(rate A_k / rms): the minimiser of -rate <alpha, A / rms> + KL(alpha, old)."""
     g = torch.Generator().manual_seed(5)
     z, A = torch.randn(2, 6, generator=g, dtype=torch.float64)
     alpha = torch.softmax(z, 0)
