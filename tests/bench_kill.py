@@ -46,9 +46,10 @@ def kill_loop(folder, runs, seed, say=print):
                     time.sleep(0.001)
                 time.sleep(later)
                 process.kill()
-            if process.wait() == 0:
+            _, err = process.communicate()
+            if process.returncode == 0:
                 break
-            assert process.returncode == -signal.SIGKILL, process.stderr.read()
+            assert process.returncode == -signal.SIGKILL, err
             killed.append(steps_logged(out))
             for path in (out / "ckpt.pt", out / "mixture.json"):  # whole, or not there
                 if path.exists():

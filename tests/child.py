@@ -1,32 +1,52 @@
-"""Runs a script as its own process, forked from a server that has imported torch: most of a short run is that import."""
+"""Runs a script as its own process, forked from a server that has imported torch, and what an optimizer imports: most of a short run."""
 import multiprocessing
 import os
+import resource
 import runpy
 import sys
 import tempfile
 
 server = multiprocessing.get_context("forkserver")
-server.set_forkserver_preload(["torch", "numpy", "matplotlib.pyplot", "tiktoken"])
+server.set_forkserver_preload(["torch", "torch._dynamo", "numpy", "matplotlib.pyplot", "tiktoken"])
 
 
-def script(argv, cwd, outputs):
+def script(argv, cwd, outputs, limit, env):
     for fd, path in zip((1, 2), outputs):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), fd)
     os.chdir(cwd)
+    os.environ.update(env)
+    if limit:
+        resource.setrlimit(limit[0], (limit[1], limit[1]))
     sys.argv, sys.path[0] = argv, os.path.dirname(argv[0])
     runpy.run_path(argv[0], run_name="__main__")
 
 
-def communicate(argv, cwd, timeout):
-    """python argv in cwd -> exit status, stdout, stderr."""
-    with tempfile.TemporaryDirectory() as folder:
-        outputs = [os.path.join(folder, name) for name in ("out", "err")]
-        process = server.Process(target=script, args=(argv, str(cwd), outputs))
-        process.start()
-        process.join(timeout)
-        assert process.exitcode is not None, f"{argv} still runs after {timeout} s"
+class Child:
+    """python argv in cwd, with the methods of subprocess.Popen that tests use. limit: (resource.RLIMIT_..., value)."""
+
+    def __init__(self, argv, cwd, limit=None, env={}):
+        self.folder = tempfile.TemporaryDirectory()
+        self.outputs = [os.path.join(self.folder.name, name) for name in ("out", "err")]
+        self.process = server.Process(target=script, args=(argv, str(cwd), self.outputs, limit, env))
+        self.process.start()
+        self.kill = self.process.kill
+
+    @property
+    def returncode(self):
+        return self.process.exitcode
+
+    def poll(self):
+        return self.process.exitcode
+
+    def send_signal(self, number):
+        os.kill(self.process.pid, number)
+
+    def communicate(self, timeout=150):
+        """Waits for the end -> stdout, stderr."""
+        self.process.join(timeout)
+        assert self.process.exitcode is not None, f"{self.process} still runs after {timeout} s"
         texts = []
-        for path in outputs:
+        for path in self.outputs:
             with open(path, errors="replace") as f:
                 texts.append(f.read())
-        return process.exitcode, *texts
+        return texts

@@ -1,7 +1,6 @@
 """Helpers of the tests: the programs as a user starts them, and small token sets."""
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ["OMP_NUM_THREADS"] = "1"  # models this small only lose by threads
+torch.set_num_threads(1)
 
 import child  # noqa: E402  its server takes over the environment
 
@@ -21,19 +21,14 @@ TINY = ["--n_layer", "1", "--n_head", "2", "--n_embd", "32", "--block_size", "16
 
 
 def start(script, *args, cwd, **kw):
-    return subprocess.Popen([sys.executable, str(ROOT / script), *map(str, args)], cwd=cwd, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, **kw)
+    return child.Child([str(ROOT / script), *map(str, args)], cwd, **kw)
 
 
 def run(script, *args, cwd, status=0, **kw):
     """Runs a script of the repository; returns its stdout, or its stderr where a non-zero status is expected."""
-    if kw:
-        process = start(script, *args, cwd=cwd, **kw)
-        out, err = process.communicate(timeout=150)
-        code = process.returncode
-    else:
-        code, out, err = child.communicate([str(ROOT / script), *map(str, args)], cwd, timeout=150)
-    assert code == status, f"status {code}\n{out}\n{err}"
+    process = start(script, *args, cwd=cwd, **kw)
+    out, err = process.communicate()
+    assert process.returncode == status, f"status {process.returncode}\n{out}\n{err}"
     return out if status == 0 else err
 
 

@@ -214,7 +214,7 @@ def test_full_disk_keeps_the_last_checkpoint(synthetic, reference):
     before = (out / "ckpt.pt").read_bytes()
     limit = len(before) // 2
     line = refused("fastmix.py", "--resume", "--out_dir", "full", cwd=synthetic,
-                   preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
+                   limit=(resource.RLIMIT_FSIZE, limit))
     assert "cannot write" in line and "--resume" in line
     assert (out / "ckpt.pt").read_bytes() == before and not list(out.glob("*.partial"))
     run("fastmix.py", "--resume", "--out_dir", "full", cwd=synthetic)

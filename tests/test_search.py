@@ -22,8 +22,8 @@ def found(synthetic):
     """{name: mixture} of all searches, two at a time. `target` continues the chain of b; the noise is uniform."""
     def search(item):
         name, (sources, seed, *more) = item
-        run("fastmix.py", *TINY, "--sources", sources, "--target", "target", "--seed", seed, "--max_steps", 160,
-            "--learning_rate", 1e-2, "--learning_rate_mixture", 0.05, "--out_dir", name, *more, cwd=synthetic)
+        run("fastmix.py", *TINY, "--sources", sources, "--target", "target", "--seed", seed, "--max_steps", 100,
+            "--learning_rate", 1e-2, "--learning_rate_mixture", 0.08, "--out_dir", name, *more, cwd=synthetic)
         return name, json.loads((synthetic / name / "mixture.json").read_text())["mixture"]
     with ThreadPoolExecutor(2) as pool:
         return dict(pool.map(search, SEARCHES.items()))
