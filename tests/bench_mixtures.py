@@ -42,7 +42,7 @@ TASKS = {  # name: (sources, target)
 TITLES = {"numpy": "toward numpy", "own": "own val splits", "scarce": "scarce target", "noisy": "half of no use"}
 SEARCHES = {"FastMix": [], "eps 0": ["--uniform_share", "0"], "eps 1": ["--uniform_share", "1"],
             "every 20": ["--outer_every", "20"], "all": ["--alignment", "all"],
-            "all every 4": ["--alignment", "all", "--outer_every", "4", "--learning_rate_mixture", "0.08"],
+            "all every 4": ["--alignment", "all", "--outer_every", "4", "--learning_rate_mixture", "0.06"],
             "Adam": [], "DoGE": [], "DoReMi": ["--learning_rate_mixture", "0.1"]}
 SUMMARIES = {**dict.fromkeys(("FastMix", "Adam"), ("last", "last_half_average", "run_average", "trajectory")),
              **dict.fromkeys(("all", "all every 4"), ("last_half_average", "trajectory")),
