@@ -644,13 +644,15 @@ def main():
         if device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl" if device == "cuda" else "gloo")
+    searching = args.mixture is None
+    differences = searching and args.alignment == "all"  # of losses, which rounding would drown
     dtype = args.dtype
     if dtype == "auto":
-        dtype = "bfloat16" if device == "cuda" and args.alignment == "head" else "float32"
+        dtype = "bfloat16" if device == "cuda" and not differences else "float32"
     autocast = torch.autocast(device, torch.bfloat16) if dtype == "bfloat16" else contextlib.nullcontext()
-    if args.alignment == "all" and dtype != "float32":
+    if differences and dtype != "float32":
         fail("--dtype bfloat16 rounds away the differences of losses that --alignment all takes; use --dtype float32")
-    torch.set_float32_matmul_precision("highest" if args.alignment == "all" else "high")  # high: TF32 on CUDA
+    torch.set_float32_matmul_precision("highest" if differences else "high")  # high: TF32 on CUDA
 
     # data
     sample = args.sources is None
@@ -675,7 +677,6 @@ def main():
              f"ids), '{names[0]}' was prepared with {tokenizer} ({vocab_size}); prepare it with the same --tokenizer")
     digests = {n: [s.meta["splits"]["train"].get(key) for key in ("sha256", "mask_sha256")] for n, s in loaded.items()}
     available = [s.available for s in sources]  # tokens to train on, for packed examples with what fills the rows
-    searching = args.mixture is None
     if ckpt and ckpt["digests"] != digests:
         fail(f"the data in {args.data_dir}/ is not what {out}/ckpt.pt was trained on; prepare it as it was, or start a "
              "new run in another --out_dir")
@@ -802,14 +803,14 @@ def main():
                 f"{'learned ' if loaded[name].masks else ''}token, {r['test_bits_per_byte']:.4f} bits a byte"
                 + (f", {r['accuracy']:.1%} of {r['answers']:,} short answers right" if "accuracy" in r else ""))
 
-    if init:
-        before = test_results()
-        report(before, " before training")
     def to_device(*tensors):  # from pinned memory, so that the copies do not make the host wait for the GPU
         if device == "cuda":
             return [t.pin_memory().to(device, non_blocking=True) for t in tensors]
         return [t.to(device) for t in tensors]
 
+    if init:
+        before = test_results()
+        report(before, " before training")
     copied = torch.cuda.Event() if device == "cuda" else None
     member_of, n_sequences = torch.arange(K, device=device)[:, None], args.batch_size * args.grad_accum
     clock, line_seconds, line_step = time.time(), seconds, start

@@ -452,7 +452,7 @@ def use_elsewhere(bench, args, **where):
 
 
 SENSITIVITY = {
-    "learning_rate_mixture": (0.005, 0.01, 0.02, 0.05, 0.1), "outer_every": (1, 4, 20, 100),
+    "learning_rate_mixture": (0.005, 0.01, 0.02, 0.05, 0.2, 1.0), "outer_every": (1, 4, 20, 100),
     "target_batch_size": (1, 2, 8, 32), "seed": (),  # of the runs that are there anyway
     "start_mixture": ("uniform", "proportional", "noise=0.9,python=0.02,cpp=0.02,prose=0.02,math=0.02,legal=0.02")}
 

@@ -25,7 +25,7 @@ RUNS = {  # out_dir: flags
     "own": [*TINY, "--sources", "a,b", "--max_steps", 2],
     "entropy": [*BASE, "--dtype", "bfloat16", "--entropy", 30],  # strong enough to hold the mixture near uniform
     "diverged": [*BASE, "--max_steps", 40],
-    "at-uniform": [*BASE, "--max_steps", 2, "--mixture", "uniform"],
+    "at-uniform": [*BASE, "--max_steps", 2, "--mixture", "uniform", "--alignment", "all", "--dtype", "bfloat16"],  # inert
     "started": [*BASE, "--max_steps", 5, "--log_every", 1, "--start_mixture", "a=7,b=2,noise=1"],
     "at-proportional": [*BASE, "--max_steps", 2, "--mixture", "proportional"],
 }
