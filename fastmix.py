@@ -789,7 +789,7 @@ def main():
 
     def alpha_at(step):
         if searching:
-            return torch.softmax(z, 0)
+            return torch.softmax(z, 0).clamp(min=1e-30)  # from 0 no step could bring a source back
         fraction, rows = step / args.max_steps, schedule[1].numpy()
         return torch.tensor([np.interp(fraction, schedule[0].numpy(), rows[:, k]) for k in range(K)],
                             dtype=torch.float32, device=device)

@@ -3,7 +3,7 @@ Does the search find the best mixture, and at what price? FastMix against fixed 
 update rules of DoGE and DoReMi, by the target's test loss of models trained from scratch for the same number of steps.
 
     python tests/bench_mixtures.py --quick           one task, short runs: 5 minutes on 2 cores
-    python tests/bench_mixtures.py                   four tasks, some 3 hours on 2 cores; stop and go on as you like
+    python tests/bench_mixtures.py                   four tasks, some 5 hours on 2 cores; stop and go on as you like
     python tests/bench_mixtures.py --stages alignments transfer stretch sensitivity       the other questions
     python tests/bench_mixtures.py --table --results tests/bench_mixtures.jsonl           from stored results, no run
 
@@ -597,7 +597,7 @@ def show(args):
                for kind in ("uniform", "search FastMix")}
     print(f"\na run {flops('base', args.steps):.3g} FLOPs, {seconds['uniform']:.0f} s; a search "
           f"{flops('base', args.steps, 'FastMix'):.3g} FLOPs, {seconds['search FastMix']:.0f} s")
-    show_alignments(results, args)
+    show_alignments(results, tasks, args)
     for title, steps, size in ((f"{STRETCH} times as many steps", STRETCH * args.steps, "base"),
                                ("a model 6.5 times as large", args.steps, "large")):
         show_elsewhere(results, tasks, title, steps, size)
@@ -611,17 +611,25 @@ def ranks(values):
     return np.argsort(np.argsort(values))
 
 
-def show_alignments(results, args):
-    """Spearman's rank correlations over the sources, averaged over tasks and seeds."""
-    for at in ("0.1", "0.5", "1"):
-        rows = [r for r in results.values() if r["what"] == f"alignments at {at}" and r["steps"] == args.steps]
-        if rows:
-            pairs = {"all parameters": [np.corrcoef(ranks(r["head"]), ranks(r["all"]))[0, 1] for r in rows],
-                     "true change": [np.corrcoef(ranks(r["head"]), ranks(-np.array(r["change"])))[0, 1] for r in rows],
-                     "all parameters with true change":
-                         [np.corrcoef(ranks(r["all"]), ranks(-np.array(r["change"])))[0, 1] for r in rows]}
-            print(f"head-only alignments at {at} of the run ({len(rows)} searches), rank correlation with "
-                  + "; ".join(f"{k}: {np.mean(v):.2f} (lowest {np.min(v):.2f})" for k, v in pairs.items()))
+def show_alignments(results, tasks, args):
+    """Spearman's rank correlations over a task's sources, averaged over the searches studied."""
+    pairs = {"head with all parameters": lambda r: (r["head"], r["all"]),
+             "head with true change": lambda r: (r["head"], [-c for c in r["change"]]),
+             "all parameters with true change": lambda r: (r["all"], [-c for c in r["change"]])}
+    found = {}
+    for r in results.values():
+        if r["what"].startswith("alignments at ") and r["steps"] == args.steps:
+            for pair, values in pairs.items():
+                of_pair = found.setdefault((pair, r["what"].split()[-1]), {}).setdefault(r["task"], [])
+                of_pair.append(np.corrcoef(*map(ranks, values(r)))[0, 1])
+    if found:
+        searches = max(len(v) for of_pair in found.values() for v in of_pair.values())
+        print(f"\nrank correlation of alignments with each other and with the target's true change of loss after one AdamW "
+              f"step on each source alone, mean of {searches} search{'es' * (searches > 1)} a task\n")
+        print("| | at | " + " | ".join(TITLES[t] for t in tasks) + " |\n| --- | --- |" + " --- |" * len(tasks))
+        for (pair, at), of_pair in sorted(found.items()):
+            print(f"| {pair} | {float(at):.0%} of the run | "
+                  + " | ".join(f"{np.mean(of_pair[t]):.2f}" if t in of_pair else "" for t in tasks) + " |")
 
 
 def show_elsewhere(results, tasks, title, steps, size):

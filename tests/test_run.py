@@ -25,8 +25,9 @@ RUNS = {  # out_dir: flags
     "own": [*TINY, "--sources", "a,b", "--max_steps", 2],
     "entropy": [*BASE, "--dtype", "bfloat16", "--entropy", 30],  # strong enough to hold the mixture near uniform
     "diverged": [*BASE, "--max_steps", 40],
-    "at-uniform": [*BASE, "--max_steps", 2, "--mixture", "uniform", "--alignment", "all", "--dtype", "bfloat16"],  # inert
+    "at-uniform": [*BASE, "--max_steps", 2, "--mixture", "uniform", "--alignment", "all", "--dtype", "bfloat16"],
     "started": [*BASE, "--max_steps", 5, "--log_every", 1, "--start_mixture", "a=7,b=2,noise=1"],
+    "far": [*BASE, "--learning_rate_mixture", 1000, "--log_every", 1],
     "at-proportional": [*BASE, "--max_steps", 2, "--mixture", "proportional"],
 }
 
@@ -168,6 +169,13 @@ def test_search_from_another_start(synthetic, stdout):
     for before, row in zip(rows, rows[1:]):  # a logit moves by about the learning rate a step
         for name, share in row["alpha"].items():
             assert 0.9 < share / before["alpha"][name] < 1.1 and share != before["alpha"][name]
+
+
+def test_a_share_below_every_number_is_no_end(synthetic, stdout):
+    """Steps so long that shares underflow: the search collapses, but goes on with finite numbers and every source."""
+    alphas = np.array([list(r["alpha"].values()) for r in log_rows(synthetic / "far")])
+    assert alphas.min() < 1e-20 and alphas.max() > 0.999 and (alphas > 0).all()  # at 0 a source is lost
+    np.testing.assert_allclose(alphas.sum(1), 1, rtol=1e-6)
 
 
 def test_own_sources_without_a_target(synthetic, stdout):
