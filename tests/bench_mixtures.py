@@ -437,7 +437,7 @@ def best_fixed(results, task, args, measured_on=None):
 
 
 def use_elsewhere(bench, args, **where):
-    """What was found with the small proxy, at another size or length of training."""
+    """What was found by the small and short search, and by a search there, at another size or length of training."""
     for task in args.tasks:
         names = TASKS[task][0].split(",")
         for seed in args.seeds[: args.far]:
@@ -448,6 +448,12 @@ def use_elsewhere(bench, args, **where):
                                   ("FastMix: trajectory", found["trajectory"]),
                                   ("best fixed", dict(zip(names, best_fixed(bench.results, task, args)[1])))):
                 bench.add(task, what, seed, mixture, **where)
+            bench.add(task, "search FastMix", seed, **where)
+    bench.run()
+    for task in args.tasks:
+        for seed in args.seeds[: args.far]:
+            found = bench.get(task, "search FastMix", seed, **where)["mixtures"]["last_half_average"]
+            bench.add(task, "searched there", seed, dict(zip(TASKS[task][0].split(","), found)), **where)
     bench.run()
 
 
@@ -639,7 +645,10 @@ def show_elsewhere(results, tasks, title, steps, size):
         return
     print(f"\n{title}: % of uniform's loss, seeds {', '.join(map(str, seeds))}\n")
     print("| | " + " | ".join(TITLES[t] for t in tasks) + " |\n| --- |" + " --- |" * len(tasks))
-    for what in ("proportional", "best fixed", "FastMix: last_half_average", "FastMix: trajectory"):
+    titles = {"proportional": "proportional to tokens", "best fixed": "best fixed mixture of the small runs",
+              "FastMix: last_half_average": "FastMix, found by the small search",
+              "FastMix: trajectory": "FastMix, its trajectory replayed", "searched there": "FastMix, searched there"}
+    for what, title in titles.items():
         cells = []
         for task in tasks:
             ran = [s for s in seeds if losses(results, task, "uniform", [s], steps, size) is not None
@@ -647,7 +656,8 @@ def show_elsewhere(results, tasks, title, steps, size):
             gain = 100 * (losses(results, task, what, ran, steps, size)
                           / losses(results, task, "uniform", ran, steps, size) - 1) if ran else None
             cells.append(cell(gain, len(seeds)))
-        print(f"| {ROWS.get(what, 'best fixed mixture of the small runs')} | " + " | ".join(cells) + " |")
+        if any(cells):
+            print(f"| {title} | " + " | ".join(cells) + " |")
 
 
 def figure(results, tasks, args, path):
