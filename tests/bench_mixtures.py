@@ -632,10 +632,11 @@ def show_alignments(results, tasks, args):
         searches = max(len(v) for of_pair in found.values() for v in of_pair.values())
         print(f"\nrank correlation of alignments with each other and with the target's true change of loss after one AdamW "
               f"step on each source alone, mean of {searches} search{'es' * (searches > 1)} a task\n")
-        print("| | at | " + " | ".join(TITLES[t] for t in tasks) + " |\n| --- | --- |" + " --- |" * len(tasks))
+        print("| | at | " + " | ".join(TITLES[t] for t in tasks) + " | mean |\n| --- | --- | --- |" + " --- |" * len(tasks))
         for (pair, at), of_pair in sorted(found.items()):
+            means = [np.mean(of_pair[t]) if t in of_pair else np.nan for t in tasks]
             print(f"| {pair} | {float(at):.0%} of the run | "
-                  + " | ".join(f"{np.mean(of_pair[t]):.2f}" if t in of_pair else "" for t in tasks) + " |")
+                  + " | ".join("" if np.isnan(m) else f"{m:.2f}" for m in (*means, np.nanmean(means))) + " |")
 
 
 def show_elsewhere(results, tasks, title, steps, size):
@@ -700,37 +701,36 @@ def figure(results, tasks, args, path):
 
 
 def figure_sensitivity(results, args, path):
-    """Toward numpy: test loss after training at the mixture found with one setting changed."""
+    """Toward numpy, in % of uniform's loss on the same seed: what is found with one setting changed, and the search."""
     seeds = [s for s in args.seeds if ("numpy", "outer_every 4: last_half_average", s, args.steps, "base") in results]
     if not seeds:
         return
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+
+    def gain(what, seeds):
+        uniform, found = (losses(results, "numpy", w, seeds, args.steps) for w in ("uniform", what))
+        return [] if found is None else 100 * (found / uniform - 1)
+
     fig, axes = plt.subplots(1, len(SENSITIVITY), figsize=(14, 3.4), dpi=110, sharey=True, layout="constrained")
-    uniform = losses(results, "numpy", "uniform", seeds, args.steps).mean()
-    best = losses(results, "numpy", best_fixed(results, "numpy", args)[0], seeds, args.steps).mean()
+    best = np.mean([gain(best_fixed(results, "numpy", args, s)[0], [s]) for s in args.seeds])
     for ax, (flag, values) in zip(axes, SENSITIVITY.items()):
-        if flag == "seed":
-            values = measured_seeds(args)
-            found = [losses(results, "numpy", "FastMix: last_half_average", [s], args.steps) for s in values]
-        else:
-            found = [losses(results, "numpy", f"{search_with(flag, v)}: last_half_average", seeds, args.steps)
-                     for v in values]
-        labels = ["mostly noise" if "=" in str(v) else str(v) for v in values]
-        for i, y in enumerate(found):
-            if y is not None:
-                ax.plot([i] * len(y), y, "o", color="#56B4E9", markersize=4)
-                ax.plot(i, y.mean(), "_", color="#0072B2", markersize=16, markeredgewidth=2)
-        ax.axhline(uniform, color="#666666", linestyle="--", linewidth=1)
-        ax.axhline(best, color="#222222", linewidth=1)
-        ax.set_xticks(range(len(values)), labels, fontsize=8, rotation=20 if flag == "start_mixture" else 0)
-        ax.set(title=f"--{flag}", xlim=(-0.6, len(values) - 0.4))
+        points = ([("FastMix", [s]) for s in args.seeds] if flag == "seed" else
+                  [(search_with(flag, v), seeds) for v in values])
+        labels = args.seeds if flag == "seed" else ["mostly noise" if "=" in str(v) else v for v in values]
+        for what, marker, colour, label in (("search {}", "x", "#D55E00", "the searching proxy itself"),
+                                            ("{}: last_half_average", "o", "#0072B2", "trained at the mixture found")):
+            found = [(i, y) for i, (name, at) in enumerate(points) for y in gain(what.format(name), at)]
+            ax.plot(*zip(*found), marker, color=colour, markersize=6, label=label, linestyle="none")
+        ax.axhline(0, color="#666666", linestyle="--", linewidth=1, label="uniform")
+        ax.axhline(best, color="#222222", linewidth=1, label="best fixed mixture known")
+        ax.set_xticks(range(len(points)), labels, fontsize=8, rotation=20 if flag == "start_mixture" else 0)
+        ax.set(title=f"--{flag}", xlim=(-0.6, len(points) - 0.4))
         ax.title.set_fontsize(9)
         ax.spines[["top", "right"]].set_visible(False)
-    axes[0].set_ylabel("test loss at the mixture found, nats")
-    axes[0].annotate("uniform", (0, uniform), xytext=(0, 3), textcoords="offset points", fontsize=8, color="#666666")
-    axes[0].annotate("best fixed mixture known", (0, best), xytext=(0, -10), textcoords="offset points", fontsize=8)
+    axes[0].set_ylabel("test loss, % of uniform's")
+    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8, frameon=False)
     fig.savefig(path)
     print(f"wrote {path}")
 
