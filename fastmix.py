@@ -104,7 +104,8 @@ def parse_args(defaults=None):
                                                 "paper's loss weights, 0 is sampling by the mixture (default: 0.25 in "
                                                 "a search, 0 with --mixture, where no source needs measuring)"),
           ("alignment", ("head", "all"), "head", "parameters that alignments are taken over; an outer step over all "
-                                                 "costs 0.83 of a training step at the default batch sizes"),
+                                                 "costs 0.83 of a training step at the default batch sizes, so take "
+                                                 "--outer_every 4 --learning_rate_mixture 0.06 with it"),
           ("outer_every", positive, 1, "optimizer steps between two outer steps"),
           ("learning_rate_mixture", number(0), 0.02, "step on z of a source whose alignment is above the mean by the "
                                                          "alignments' rms"),
