@@ -578,8 +578,9 @@ def cell(values, n_seeds):
 def show(args):
     results = load(args.results)
     tasks = [t for t in args.tasks if losses(results, t, "uniform", args.seeds, args.steps) is not None]
+    chosen = " (chosen on the other seeds)" if len(args.seeds) > 1 else ""
     print(f"{args.steps} steps, seeds {', '.join(map(str, measured_seeds(args)))}; regret: % of the loss above the best "
-          "fixed mixture known (chosen on the other seeds), mean over the seeds (lowest to highest)\n")
+          f"fixed mixture known{chosen}, mean over the seeds (lowest to highest)\n")
     print("| | cost | " + " | ".join(TITLES[t] for t in tasks) + " |\n| --- | --- |" + " --- |" * len(tasks))
     for what, title in ROWS.items():
         cells = [cell(regret(results, t, what, args), len(measured_seeds(args))) for t in tasks]
