@@ -423,7 +423,7 @@ def alignments(bench, args):
 def best_fixed(results, task, args, measured_on=None):
     """
     The best fixed mixture known, as (what, mixture), by its mean over all seeds but the one that it is to be measured
-    on: there the best of many would owe a part of its lead to chance (half a percent of the loss, on these tasks).
+    on: there the best of many would owe a part of its lead to chance.
     """
     by_what = {}
     for r in results.values():
