@@ -1,13 +1,17 @@
-"""Runs a script as its own process, forked from a server that has imported torch, and what an optimizer imports: most of a short run."""
+"""Runs a script as its own process, forked from a server that has made its long imports: most of a short run."""
 import multiprocessing
+import multiprocessing.connection
 import os
 import resource
 import runpy
+import signal
 import sys
 import tempfile
+import threading
 
 server = multiprocessing.get_context("forkserver")
 server.set_forkserver_preload(["torch", "torch._dynamo", "numpy", "matplotlib.pyplot", "tiktoken"])
+lock = threading.Lock()  # an exit status can be read once, and starting a process reads those of the others
 
 
 def script(argv, cwd, outputs, limit, env):
@@ -28,23 +32,25 @@ class Child:
         self.folder = tempfile.TemporaryDirectory()
         self.outputs = [os.path.join(self.folder.name, name) for name in ("out", "err")]
         self.process = server.Process(target=script, args=(argv, str(cwd), self.outputs, limit, env))
-        self.process.start()
-        self.kill = self.process.kill
-
-    @property
-    def returncode(self):
-        return self.process.exitcode
+        with lock:
+            self.process.start()
 
     def poll(self):
-        return self.process.exitcode
+        with lock:
+            return self.process.exitcode
+
+    returncode = property(poll)
 
     def send_signal(self, number):
         os.kill(self.process.pid, number)
 
+    def kill(self):
+        self.send_signal(signal.SIGKILL)
+
     def communicate(self, timeout=150):
         """Waits for the end -> stdout, stderr."""
-        self.process.join(timeout)
-        assert self.process.exitcode is not None, f"{self.process} still runs after {timeout} s"
+        multiprocessing.connection.wait([self.process.sentinel], timeout)
+        assert self.poll() is not None, f"{self.process} still runs after {timeout} s"
         texts = []
         for path in self.outputs:
             with open(path, errors="replace") as f:
