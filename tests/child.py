@@ -4,7 +4,6 @@ import multiprocessing.connection
 import os
 import resource
 import runpy
-import signal
 import sys
 import tempfile
 import threading
@@ -45,7 +44,8 @@ class Child:
         os.kill(self.process.pid, number)
 
     def kill(self):
-        self.send_signal(signal.SIGKILL)
+        with lock:
+            self.process.kill()  # no error where it has ended by itself
 
     def communicate(self, timeout=150):
         """Waits for the end -> stdout, stderr."""
