@@ -1,5 +1,7 @@
 """
-A GPT in the style of nanoGPT, with two differences.
+A GPT in the style of nanoGPT, and what a training loop needs around it: optimizer, machine, checkpoints.
+
+The GPT differs from nanoGPT's in two points.
 
 It stops at the final hidden state. The LM head is untied from the token embedding and is not applied here: fastmix.py
 applies it inside the fused loss, which needs the hidden states and the head's weight apart. The alignment of a source
@@ -10,12 +12,20 @@ Positions are rotary (RoFormer, arXiv 2104.09864), not learned. A small model wi
 out which ones are neighbours, and stays at the loss of single letters for most of a short run; and without a table of
 positions a checkpoint can go on with another block size.
 """
+import contextlib
 import math
+import os
+import signal
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+
+from prepare_data import IGNORE, fail, save_atomically
 
 
 @dataclass
@@ -44,7 +54,6 @@ class CausalSelfAttention(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        assert config.n_embd % config.n_head == 0
         self.n_head = config.n_head
         self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
         self.proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
@@ -77,6 +86,8 @@ class GPT(nn.Module):
 
     def __init__(self, config):
         super().__init__()
+        if config.n_embd % (2 * config.n_head):
+            fail(f"--n_embd {config.n_embd} must be an even multiple of --n_head {config.n_head}")
         self.config = config
         self.tok_emb = nn.Embedding(config.vocab_size, config.n_embd)
         self.register_buffer("rotation", rotation(config.block_size, config.n_embd // config.n_head), persistent=False)
@@ -107,3 +118,162 @@ class GPT(nn.Module):
         rest = [p for p in self.parameters() if p.dim() < 2]
         groups = [{"params": decay, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
         return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=fused)
+
+
+def learning_rate_at(step, args):
+    """AdamW's learning rate at a step: linear warm-up, then cosine decay to a tenth of the peak."""
+    if step < args.warmup_steps:
+        return args.learning_rate * (step + 1) / (args.warmup_steps + 1)
+    done = (step - args.warmup_steps) / max(1, args.max_steps - args.warmup_steps)
+    return args.learning_rate * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * done)))
+
+
+@torch.no_grad()
+def accuracy(model, head, X, Y, batch_size):
+    """
+    Share of answers that greedy decoding gives exactly, and their number, as a dict, empty without any. X, Y (n, T):
+    inputs and targets, IGNORE but at the answer. Greedy decoding repeats an answer if, and only if, the likeliest token
+    after every true prefix is the true one, so one forward pass tells.
+    """
+    right = 0
+    for i in range(0, len(X), batch_size):
+        x, y = (torch.from_numpy(t[i: i + batch_size]).to(head.device) for t in (X, Y))  # (B, T)
+        hidden, asked = model(x), y != IGNORE
+        wrong = torch.zeros_like(asked)
+        wrong[asked] = (hidden[asked] @ head.to(hidden.dtype).T).argmax(1) != y[asked]
+        right += (~wrong.any(1)).sum().item()
+    return {"accuracy": right / len(X), "answers": len(X)} if len(X) else {}
+
+
+# ---- the machine ----------------------------------------------------------------------------------------------------
+
+def start_machine(args):
+    """(device, autocast context) of the flags; under torchrun this process joins the others."""
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook's has none
+        sys.stdout.reconfigure(errors="replace")  # a terminal without the bars' glyphs must not stop a run
+    device, world = args.device, int(os.environ.get("WORLD_SIZE", 1))
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    elif not {"cuda": torch.cuda, "mps": torch.backends.mps, "cpu": torch.cpu}[device].is_available():
+        fail(f"--device {device}: torch {torch.__version__} finds none here; use --device auto")
+    if args.batch_size % world or args.target_batch_size < world:
+        fail(f"{world} processes share a batch: --batch_size {args.batch_size} must be a multiple of {world}, and "
+             f"--target_batch_size {args.target_batch_size} at least that")
+    if world > 1:
+        if device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if device == "cuda" else "gloo")
+    torch.set_float32_matmul_precision("high")  # TF32 on CUDA
+    dtype = args.dtype  # auto: bfloat16, but not on a card that only emulates it and is slower with it
+    if dtype == "auto" and device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+        dtype = "bfloat16"
+    return device, torch.autocast(device, torch.bfloat16) if dtype == "bfloat16" else contextlib.nullcontext()
+
+
+def ranks():
+    """(number of this process, how many there are): torchrun's processes share each batch and hold equal weights."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def add_up(tensor):
+    """The sum over all processes, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def asked_to_stop():
+    """A list that the first Ctrl-C, SIGTERM or SIGHUP fills, for the loop to look at; a second ends it at once."""
+    stop = []
+    if dist.is_initialized():
+        return stop  # several processes would not agree on a step; torchrun ends them
+    signals = [n for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is not signal.SIG_IGN]
+
+    def ask(number, _):
+        stop.append(number)
+        for n in signals:
+            signal.signal(n, signal.SIG_DFL)
+    for n in signals:
+        signal.signal(n, ask)
+    return stop
+
+
+# ---- checkpoints ----------------------------------------------------------------------------------------------------
+
+CHECKPOINT = {"model", "optimizer", "state", "args", "config", "tokenizer", "digests"}
+MODEL_FLAGS = ("n_layer", "n_head", "n_embd")
+# a run may go on with these changed; everything else would make it another run
+MAY_CHANGE = ("resume", "out_dir", "data_dir", "device", "compile", "log_every", "eval_tokens")
+
+
+def save_checkpoint(path, model, optimizer, state, settings):
+    """Writes what a run is: the settings, and what restore() puts back."""
+    if ranks()[0] == 0:
+        contents = settings | {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "state": vars(state)}
+        save_atomically(path, lambda f: torch.save(contents, f))
+
+
+def load_checkpoint(path, mend):
+    """A checkpoint that fastmix.py wrote; anything else ends the program with one line that ends in `mend`."""
+    try:  # weights_only: a checkpoint from a stranger must not run code
+        ckpt = torch.load(path, map_location="cpu", weights_only=True)
+        missing = CHECKPOINT - ckpt.keys() or GPTConfig.__dataclass_fields__.keys() - ckpt["config"].keys()
+    except FileNotFoundError:
+        fail(f"{path}: no checkpoint there; {mend}")
+    except Exception as error:  # whatever a file that is none of ours may raise
+        fail(f"{path} cannot be read as a checkpoint ({type(error).__name__}); {mend}")
+    if missing:
+        fail(f"{path} is not a checkpoint of this fastmix.py (it lacks {', '.join(sorted(missing))}); {mend}")
+    return ckpt
+
+
+def open_run(parse_args):
+    """
+    The flags of a run and the checkpoint that it starts from, if any -> (args, ckpt). With --resume the flags are those
+    stored in it, with --init_from the model's are. parse_args(defaults) reads the command line. An out_dir that holds
+    another run is refused.
+    """
+    args, ckpt = parse_args({}), None
+    out = Path(args.out_dir)
+    if args.resume:
+        path = out / "ckpt.pt"
+        ckpt = load_checkpoint(path, f"start anew after: rm -r {out}")
+        stored = ckpt["args"]
+        if not isinstance(stored, dict) or stored.keys() != vars(args).keys():
+            fail(f"{path}: its settings are not those of this fastmix.py; start anew after: rm -r {out}")
+        args = parse_args({k: v for k, v in stored.items() if k != "resume"})
+        for k, v in vars(args).items():
+            if k not in MAY_CHANGE and v != stored[k]:
+                fail(f"{path} was made with --{k} {stored[k]}, not {v}; resume without that flag, or start a new run "
+                     "in another --out_dir")
+        return args, ckpt
+    held = [f for f in ("log.jsonl", "ckpt.pt", "mixture.json") if (out / f).exists()]
+    if held:
+        fail(f"{out}/ holds another run ({', '.join(held)}); add --resume to go on with it, choose another --out_dir, "
+             f"or delete it with: rm -r {out}")
+    if args.init_from:
+        ckpt = load_checkpoint(args.init_from, "--init_from takes a ckpt.pt that fastmix.py wrote")
+        args = parse_args({f: ckpt["config"][f] for f in (*MODEL_FLAGS, "block_size")})
+        for f in MODEL_FLAGS:
+            if getattr(args, f) != ckpt["config"][f]:
+                fail(f"{args.init_from} has --{f} {ckpt['config'][f]}, not {getattr(args, f)}; leave the flag out")
+    return args, ckpt
+
+
+def restore(ckpt, path, model, optimizer=None, state=None):
+    """Puts a checkpoint's weights into the model and, to resume, the rest into the optimizer and the loop's state."""
+    def shape(name, value):  # how long a replayed schedule is only the checkpoint knows
+        return (value.dtype, value.shape[name == "schedule":]) if torch.is_tensor(value) else type(value)
+    try:
+        model.load_state_dict(ckpt["model"])
+        if state:
+            stored = {k: v.to(getattr(state, k).device) if torch.is_tensor(v) else v for k, v in ckpt["state"].items()}
+            optimizer.load_state_dict(ckpt["optimizer"])
+            moments = [{k: m.shape for k, m in optimizer.state.get(p, {}).items()} for p in model.parameters()]
+            wanted = [{"step": (), "exp_avg": p.shape, "exp_avg_sq": p.shape} for p in model.parameters()]
+            if (moments != wanted and stored["step"] > 0
+                    or {k: shape(k, v) for k, v in stored.items()} != {k: shape(k, v) for k, v in vars(state).items()}):
+                raise ValueError
+            vars(state).update(stored)
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
+        fail(f"{path}: its contents do not fit its settings; it is damaged, or was not written by this fastmix.py")

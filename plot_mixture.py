@@ -1,29 +1,87 @@
 """
-Draw what fastmix.py logged.
+Draw what fastmix.py logged, and read what it wrote.
 
-    python plot_mixture.py out                 out/mixture.png: mixture, losses and alignments of one run
+    python plot_mixture.py out                 out/mixture.png: mixture, losses and alignments of one run, and its table
     python plot_mixture.py out out-uniform     out/comparison.png: mixtures and target loss of several runs
 
-Reads only log.jsonl, so it works on a run in progress.
+The pictures need only log.jsonl, so they work on a run in progress.
 """
 import argparse
 import json
+import math
 import os
-import sys
 from pathlib import Path
 
-import matplotlib
 import numpy as np
+
+from prepare_data import fail, save_atomically
 
 # Okabe and Ito's palette: told apart with any kind of colour vision. Beyond it, sources share a grey "others".
 COLOURS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#B8A600"]
 GREY, INK = "#999999", "#222222"
 
 
-def fail(message):
-    """Ends the program with one line on stderr and exit status 2."""
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
+# ---- logs and mixtures, written and read ----------------------------------------------------------------------------
+
+def open_log(out, step):
+    """out/log.jsonl, opened to append rows, cut back to those up to the step of the checkpoint (-1: a new run)."""
+    if int(os.environ.get("RANK", 0)) > 0:
+        return open(os.devnull, "a")
+    path = Path(out, "log.jsonl")
+    try:
+        rows = path.read_text().splitlines(keepends=True) if step >= 0 else []
+        rows = [r for r in rows if r.endswith("\n") and json.loads(r)["step"] <= step]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_atomically(path, lambda f: f.write("".join(rows).encode()))
+        return open(path, "a")
+    except OSError as error:
+        fail(f"cannot open {path}: {error.strerror}")
+
+
+def by_name(names, values):
+    """(K,) -> {name: value}, None where there is none (NaN), for JSON knows no NaN."""
+    return {n: None if math.isnan(v) else v for n, v in zip(names, values.tolist())}
+
+
+def append_row(log, names, **row):
+    """Writes a row of log.jsonl; tensors (K,) become {name: value}. Returns the row."""
+    row = {key: by_name(names, v) if hasattr(v, "tolist") else v for key, v in row.items()}
+    try:
+        log.write(json.dumps(row) + "\n")
+        log.flush()
+    except OSError as error:
+        fail(f"cannot write {log.name}: {error.strerror}; make room and go on with --resume")
+    return row
+
+
+def progress(row, steps_per_second):
+    """A row of the log as the line on the screen."""
+    done, left = row["step"] / row["max_steps"], row["max_steps"] - row["step"]
+    line = f"step {row['step']:5d} {done:4.0%} | target {row['target_val_loss']:.3f} | "
+    if row["train_loss"] is not None:
+        tokens_per_second = row["tokens"] / row["step"] * steps_per_second
+        line += (f"train {row['train_loss']:.3f} | {tokens_per_second:,.0f} tok/s | "
+                 f"{left / steps_per_second:.0f} s left | ")
+    return line + bars(list(row["alpha"]), list(row["alpha"].values()))
+
+
+def save_result(out, names, mixtures, targets, sources, **more):
+    """
+    Writes out/mixture.json and returns its contents. mixtures {name: (K,)}, weights in any unit; targets {target:
+    results}; sources {what: (K,)} for each source. What it began with is in the log's first row.
+    """
+    with open(Path(out, "log.jsonl")) as log:
+        first = json.loads(log.readline())
+    mixtures = {name: by_name(names, m / m.sum()) for name, m in mixtures.items()}
+    mean = {key: sum(t[key] for t in targets.values()) / len(targets) for key in ("test_loss", "test_bits_per_byte")}
+    result = {"mixture": mixtures["last_half_average"], "recommended": "last_half_average", "unit": "tokens",
+              "mixtures": mixtures, "target": list(targets), **mean, "targets": targets,
+              "before": first["target_losses"], **more,
+              "sources": {n: {what: values[k].item() for what, values in sources.items()} for k, n in enumerate(names)}}
+    for name, s in result["sources"].items():
+        s |= {"epochs": s["tokens_seen"] / s["tokens_available"], "start": first["alpha"][name]}
+    save_atomically(Path(out, "mixture.json"), lambda f: f.write((json.dumps(result, indent=1) + "\n").encode()))
+    return result
 
 
 def read_log(folder):
@@ -46,6 +104,88 @@ def read_log(folder):
     except IndexError:
         fail(f"{path} is still empty; try again when the run has logged a line")
 
+
+def read_mixture(text, names, tokens):
+    """
+    What --mixture names -> a schedule (P, 1 + K): fractions of training and the mixture at each, P = 1 for a constant
+    one. names and tokens (K,) are the sources' and their sizes. Weights need not sum to 1; who is not named gets 0.
+    """
+    fractions = [0.0]
+    if text == "uniform":
+        rows = [dict.fromkeys(names, 1.0)]
+    elif text == "proportional":
+        rows = [dict(zip(names, tokens))]
+    elif text.endswith((".json", ".jsonl")):
+        try:
+            lines = Path(text).read_text().splitlines(keepends=True)
+            if text.endswith(".json"):
+                rows = [json.loads("".join(lines))["mixture"]]
+            else:  # a run in progress may be in the middle of its last line
+                log = [json.loads(line) for line in lines if line.endswith("\n")]
+                rows, steps = [row["alpha"] for row in log], [float(row["step"]) for row in log]
+                planned = log[-1].get("max_steps", steps[-1]) if log else 1
+                fractions = [step / max(planned, 1) for step in steps]
+        except OSError as error:
+            fail(f"--mixture {text}: {error.strerror}; a search writes it to its out_dir")
+        except (ValueError, KeyError, TypeError) as error:
+            fail(f"--mixture {text}: not a mixture that fastmix wrote ({error!r})")
+        if not rows:
+            fail(f"--mixture {text}: empty")
+        if text.endswith(".jsonl") and steps[-1] < planned:
+            fail(f"--mixture {text}: its run is at step {steps[-1]:.0f} of {planned}; finish it first, with --resume")
+    else:
+        try:
+            pairs = [(name.strip(), float(value)) for name, value in (pair.split("=") for pair in text.split(","))]
+        except ValueError:
+            fail(f"--mixture {text}: not a .json or .jsonl file, uniform, proportional, or a=0.8,b=0.2")
+        if len(dict(pairs)) < len(pairs):
+            fail(f"--mixture {text}: a name is given twice")
+        rows = [dict(pairs)]
+    for row in rows:
+        if not isinstance(row, dict) or not row.keys() <= set(names):
+            found = ", ".join(map(str, row)) if isinstance(row, dict) else repr(row)
+            fail(f"--mixture {text} names {found}, but --sources are {', '.join(names)}")
+        bad = [f"{k}={v}" for k, v in row.items() if not (isinstance(v, (int, float)) and 0 <= v < math.inf)]
+        if bad or not sum(row.values()) > 0:
+            fail(f"--mixture {text}: {bad[0] if bad else 'all weights are 0'}; weights must be numbers from 0 up, one "
+                 "of them above 0")
+    alphas = np.array([[row.get(name, 0.0) for name in names] for row in rows])
+    return np.column_stack([fractions, alphas / alphas.sum(1, keepdims=True)])
+
+
+def mixture_at(schedule, fraction):
+    """The mixture (K,) at a fraction of training, between the rows of a schedule (P, 1 + K), all of them tensors."""
+    at, *columns = schedule.numpy().T
+    return schedule.new_tensor([np.interp(fraction, at, column) for column in columns])
+
+
+def bars(names, alpha):
+    """The largest weights as small bars: python ▆ 0.71  math ▂ 0.20"""
+    largest = sorted(sorted(range(len(names)), key=lambda k: -alpha[k])[:8])
+    return "  ".join(f"{names[k]} {'▁▂▃▄▅▆▇█'[min(7, int(alpha[k] * 8))]} {alpha[k]:.2f}" for k in largest)
+
+
+def result_table(result):
+    """The lines that a run ends with, from the dict in mixture.json."""
+    width = max(12, *map(len, result["mixture"]))
+    lines = [f"{'source':{width}s} {'tokens':>14s} {'start':>7s} {'final':>7s} {'epochs':>7s} {'val loss':>9s}"]
+    for name, s in result["sources"].items():
+        share = result["mixture"][name]
+        lines.append(f"{name:{width}s} {s['tokens_available']:14,d} {s['start']:7.3f} {share:7.3f} "
+                     f"{share * result['tokens'] / s['tokens_available']:7.2f} {s['val_loss']:9.3f}")
+    lines.append(f"final: average of the last half; epochs: of {result['tokens']:,} tokens drawn by it; "
+                 "loss: nats a token")
+    for name, t in result["targets"].items():
+        lines.append(f"target {name}: test loss {t['test_loss']:.4f} nats a {'learned ' * t['learned_only']}token, "
+                     f"{t['test_bits_per_byte']:.4f} bits a byte"
+                     + (f", {t['accuracy']:.1%} of {t['answers']:,} short answers right" if "accuracy" in t else ""))
+    if len(result["targets"]) > 1:
+        lines.append(f"mean of the targets: test loss {result['test_loss']:.4f} nats a token, "
+                     f"{result['test_bits_per_byte']:.4f} bits a byte")
+    return "\n".join(lines)
+
+
+# ---- pictures -------------------------------------------------------------------------------------------------------
 
 def smooth(y, window):
     """Centred moving average that skips missing values and keeps the length."""
@@ -159,18 +299,30 @@ def plot_comparison(plt, logs):
     return fig
 
 
+def show_result(run):
+    """Prints the table of a run that has finished."""
+    path = Path(run, "mixture.json")
+    try:
+        if path.exists():
+            print(result_table(json.loads(path.read_text())))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        fail(f"{path}: not what this fastmix.py writes ({error!r})")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", help="out_dir of a run; several give a comparison")
     parser.add_argument("--show", action="store_true", help="open a window as well")
     args = parser.parse_args()
     logs = {run.rstrip("/"): read_log(run) for run in args.runs}
+    import matplotlib  # here, not above: who only reads a mixture does without it
     if not args.show:
         matplotlib.use("Agg")  # draws without a display
     import matplotlib.pyplot as plt
     plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "font.size": 10})
     first = next(iter(logs))
     if len(logs) == 1:
+        show_result(first)
         fig, path = plot_run(plt, logs[first], f"{first}: mixture over training"), Path(first, "mixture.png")
     else:
         fig, path = plot_comparison(plt, logs), Path(first, "comparison.png")

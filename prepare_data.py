@@ -11,7 +11,7 @@ read_record); any other file is one UTF-8 document. Documents, not tokens, are d
 hash of their content: the division does not depend on their order, and a duplicated document never sits on both sides.
 The .bin files follow nanoGPT: flat uint16 (uint32 above 65,535 ids), documents ended by <|endoftext|>. Beside those of
 examples lies SPLIT.mask.bin, uint8: 1 where the token is learned, 0 where it is only read. Everything is streamed, so
-memory stays flat however large the input is.
+memory stays flat however large the input is. The reader of these files, TokenSet, stands at the end.
 """
 import argparse
 import ast
@@ -20,6 +20,7 @@ import doctest
 import glob
 import gzip
 import hashlib
+import importlib.metadata
 import importlib.util
 import io
 import itertools
@@ -38,14 +39,14 @@ import warnings
 from pathlib import Path
 
 import numpy as np
-import tiktoken
 
 SPLITS = ("train", "val", "test")
+IGNORE = -1  # a target of this value is not learned, and counts in no loss
+SHORT_ANSWER = 32  # tokens, <|endoftext|> included: longest answer that a test of accuracy asks for
 PIECE = 1 << 20  # characters read and tokenized at a time
 FEW_DOCUMENTS = 100  # below this a split by document would be lopsided, so documents are cut into pieces first
-SAMPLE = ("python", "cpp", "prose", "math", "legal", "noise", "numpy",  # six sources and a target
-          "describe", "implement", "evaluate", "declare", "unicode", "numpy_tasks")  # instructions and a target
-SAMPLE_TARGETS = ("numpy", "numpy_tasks")
+SAMPLE_SOURCES, SAMPLE_TARGETS = ("python", "cpp", "prose", "math", "legal", "noise"), ("numpy", "numpy_tasks")
+SAMPLE = (*SAMPLE_SOURCES, "numpy", "describe", "implement", "evaluate", "declare", "unicode", "numpy_tasks")
 SAMPLE_CHARS = 4_000_000  # at most this much of each sample source
 EXAMPLE_CHARS, DOCTEST_CHARS, ANSWER_CHARS = 250, 120, 30  # longest example of the sample, doctest, what it prints
 PAIRS = (("prompt", "response"), ("question", "answer"), ("instruction", "output"))  # keys of a prompt and a response
@@ -54,15 +55,33 @@ NETWORK_TIMEOUT = 60  # seconds; tiktoken itself would wait for ever
 
 def fail(message):
     """Ends the program with one line on stderr and exit status 2."""
-    print(f"error: {message}", file=sys.stderr)
+    rank = int(os.environ.get("RANK", 0))
+    if rank > 0:
+        time.sleep(5)  # where rank 0 fails too it says so, and torchrun ends this process meanwhile
+    print(f"error: {f'rank {rank}: ' if rank > 0 else ''}{message}", file=sys.stderr)
     sys.exit(2)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# tokenizers
+def save_atomically(path, write):
+    """write(file) into a temporary name, then rename: path holds the old content or the new, never a part."""
+    partial = Path(f"{path}.partial")
+    try:
+        with open(partial, "wb") as f:
+            write(f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(partial, path)
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
+        partial.unlink(missing_ok=True)
+        fail(f"cannot write {path} ({str(error).splitlines()[0]}); what was there before is unharmed. Make room, then "
+             "start again (a run of fastmix.py goes on with --resume)")
+
+
+# ---- tokenizers -----------------------------------------------------------------------------------------------------
 
 def bytes_tokenizer():
     """256 single bytes and <|endoftext|>. The pattern only sets how much text is looked at at once: nothing merges."""
+    import tiktoken  # here and below, not above: who only reads token files does without it
     ranks = {bytes([i]): i for i in range(256)}
     return tiktoken.Encoding("bytes", pat_str=r"(?s:.{1,32})", mergeable_ranks=ranks,
                              special_tokens={"<|endoftext|>": 256})
@@ -70,6 +89,7 @@ def bytes_tokenizer():
 
 def file_tokenizer(path):
     """A .tiktoken file (base64 token, space, rank on each line), split into words as gpt2 does."""
+    import tiktoken
     ranks = {}
     for number, line in enumerate(Path(path).read_bytes().splitlines(), 1):
         try:
@@ -97,6 +117,7 @@ def get_tokenizer(name):
     found = {}
 
     def load():
+        import tiktoken
         try:
             found["tokenizer"] = tiktoken.get_encoding(name)
         except Exception as error:  # requests' many errors, and ValueError for an unknown name
@@ -111,8 +132,7 @@ def get_tokenizer(name):
     return found["tokenizer"]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the user's own text
+# ---- the user's own text --------------------------------------------------------------------------------------------
 
 def find_files(path):
     """A file, a folder (walked in sorted order, hidden names left out) or a glob -> list of files."""
@@ -255,8 +275,7 @@ def own_pieces(files, args, schema, size, quiet=True):
                       f"{(sum(sizes) - done) / max(rate, 1):.0f} s left", flush=True)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the sample: text that every machine with Python and requirements.txt already has, read where it is installed
+# ---- the sample: text that every machine with Python and requirements.txt already has, read where it is installed ---
 
 def package_dir(name):
     """Where a package is installed, without importing it."""
@@ -426,8 +445,7 @@ def sample_sets(seed):
     return {name: sets[name] for name in SAMPLE if name in sets}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# writing
+# ---- writing --------------------------------------------------------------------------------------------------------
 
 class SyncedFile:
     """A file on its way to the disk, with the hash of its content."""
@@ -526,12 +544,9 @@ def write_set(name, schema, pieces, within_documents, tokenizer, args, fractions
         meta = {"name": name, "schema": schema, "tokenizer": tokenizer.name, "vocab_size": tokenizer.n_vocab,
                 "eot_token": tokenizer.eot_token, "dtype": dtype, "split_within_documents": within_documents,
                 "settings": settings(args), "splits": splits,
-                "versions": {"python": platform.python_version(), "numpy": np.__version__,
-                             "tiktoken": tiktoken.__version__}}
-        with open(partial / "meta.json", "w") as f:
-            json.dump(meta, f, indent=1)
-            f.flush()
-            os.fsync(f.fileno())
+                "versions": {"python": platform.python_version(),
+                             **{name: importlib.metadata.version(name) for name in ("numpy", "tiktoken")}}}
+        save_atomically(partial / "meta.json", lambda f: f.write(json.dumps(meta, indent=1).encode()))
         shutil.rmtree(final, ignore_errors=True)  # only here with --overwrite
         os.replace(partial, final)
     except OSError as error:
@@ -556,6 +571,201 @@ def piece_size(n_documents, n_chars):
     """(within documents?, characters a piece). Few documents are cut fine enough for every split to get a share."""
     few = n_documents < FEW_DOCUMENTS
     return few, (min(max(n_chars // 1000, 256), 65_536) if few else PIECE)
+
+
+# ---- reading what was written ---------------------------------------------------------------------------------------
+
+class TokenSet:
+    """
+    A folder that write_set() filled: its meta.json and, for each split, a memory map of the tokens.
+
+    Text is read in windows that start anywhere. Examples (a set with masks) are packed: a row holds as many whole ones
+    as fit block_size + 1 tokens, and nothing behind its last one is learned. `rows[split]` is then (2, R), where rows
+    start and end. An example longer than a row is cut at its end; one whose prompt alone fills the row is left out.
+    """
+
+    def __init__(self, data_dir, name, block_size):
+        self.name, self.block_size, folder = name, block_size, Path(data_dir, name)
+        if not (folder / "meta.json").is_file():
+            there = sorted(m.parent.name for m in Path(data_dir).glob("[!.]*/meta.json"))
+            mend = "python prepare_data.py" + ("" if name in SAMPLE else f" {name}=PATH")
+            fail(f"no set '{name}' in {data_dir}/ (there: {', '.join(there) or 'none'}); prepare it with: {mend}")
+        self.again = f"prepare '{name}' again with --overwrite"
+        try:
+            self.meta = json.loads((folder / "meta.json").read_text())
+            self.tokenizer, self.vocab_size = self.meta["tokenizer"], self.meta["vocab_size"]
+            self.tokens, self.masks, self.rows, self.learned = {}, {}, {}, {}
+            self.cut = np.zeros(3, dtype=np.int64)  # examples; longer than a row; without a response in it
+            for split in SPLITS:
+                self.open_split(folder, split, self.meta["splits"][split])
+            train = self.meta["splits"]["train"]
+            self.digest = [train.get("sha256"), train.get("mask_sha256")]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            fail(f"{folder}/meta.json cannot be read ({error!r}); {self.again}")
+
+    def open_split(self, folder, split, counts):
+        n, learned = counts["tokens"], counts.get("learned")
+        self.tokens[split] = self.map(folder / f"{split}.bin", np.dtype(self.meta["dtype"]), n)
+        self.learned[split] = n if learned is None else learned
+        if learned is not None:
+            mask = self.masks[split] = self.map(folder / f"{split}.mask.bin", np.dtype(np.uint8), n)
+            found = np.count_nonzero(mask), mask.max(initial=0)
+            if found != (learned, 1):
+                fail(f"{folder}/{split}.mask.bin: {found[0]} learned tokens, highest value {found[1]}, but meta.json "
+                     f"says {learned} and 1; {self.again}")
+        if self.meta.get("schema", "text") != "text":
+            self.pack(split)
+        elif n < self.block_size + 1:
+            fail(f"{folder}/{split}.bin: {n} tokens, too short for --block_size {self.block_size} (needs "
+                 f"{self.block_size + 1}); give '{self.name}' more text or lower --block_size")
+
+    def map(self, path, dtype, n):
+        size = path.stat().st_size if path.is_file() else -1
+        if size != n * dtype.itemsize:
+            fail(f"{path}: {'missing' if size < 0 else f'{size} bytes'}, but meta.json says {n} tokens of "
+                 f"{dtype.itemsize} bytes; {self.again}")
+        return np.memmap(path, dtype=dtype, mode="r") if n else np.zeros(0, dtype)
+
+    def examples(self, split):
+        """Where examples start and end, (E,) and (E,): each has one <|endoftext|>, its last token."""
+        ends = np.flatnonzero(self.tokens[split] == self.meta["eot_token"]) + 1
+        return np.concatenate([[0], ends[:-1]]), ends
+
+    def pack(self, split):
+        """Fills rows[split], walking over the examples in order, and sets learned[split] to what the rows show."""
+        mask, room = self.masks[split], self.block_size + 1
+        starts, ends = self.examples(split)
+        rises = np.append(np.flatnonzero(mask[1:] > mask[:-1]) + 1, len(mask))  # where learned tokens begin
+        answer = np.where(mask[starts] > 0, starts, rises[np.searchsorted(rises, starts)])  # first learned token, (E,)
+        usable = (answer < ends) & (answer - starts < room)
+        fitting = np.searchsorted(ends, starts + room, side="right")  # the examples before this one fit whole
+        after = np.maximum(fitting, np.arange(1, len(starts) + 1))  # the example that begins the next row
+        following, chosen, i = np.where(usable, after, np.arange(1, len(starts) + 1)).tolist(), [], 0
+        while i < len(starts):  # each row's start depends on the row before
+            chosen.append(i)
+            i = following[i]
+        chosen = np.array(chosen, dtype=np.int64)
+        chosen = chosen[usable[chosen]]
+        if not len(chosen):
+            fail(f"{self.name}/{split}: no example has a response within --block_size {self.block_size}; raise it")
+        row_ends = np.where(fitting > np.arange(len(starts)), ends[after - 1], starts + room)[chosen]
+        self.rows[split] = np.stack([starts[chosen], row_ends])
+        # no row predicts its first token; reduceat sums from each bound to the next, every other one a row
+        bounds = np.stack([starts[chosen] + 1, row_ends], axis=1).ravel()
+        self.learned[split] = int(np.add.reduceat(np.append(mask, 0), bounds, dtype=np.int64)[::2].sum())
+        self.cut += np.array([len(starts), (ends - starts > room).sum(), (~usable).sum()])
+
+    def available(self, split):
+        """Tokens that a split can show; packed examples count with what fills the rows."""
+        return len(self.rows[split][0]) * self.block_size if split in self.rows else len(self.tokens[split])
+
+    def density(self, split):
+        """Learned tokens per token drawn from a split; 1 for text."""
+        return self.learned[split] / self.available(split)
+
+    def tokens_per_byte(self, split):
+        """Learned tokens of a split per byte of learned text: turns a loss a token into one a byte."""
+        counts = self.meta["splits"][split]
+        return counts.get("learned", counts["tokens"]) / counts.get("learned_bytes", counts["bytes"])
+
+    def at_fraction(self, split, u):
+        """Where windows begin, for fractions u (B,) of a split in [0, 1)."""
+        if split in self.rows:
+            return self.rows[split][0][(u * len(self.rows[split][0])).astype(np.int64)]
+        return (u * (len(self.tokens[split]) - self.block_size)).astype(np.int64)
+
+    def spread(self, split, max_tokens):
+        """Where disjoint windows begin, evenly spread over a split, of at most max_tokens in all: always the same."""
+        n = len(self.rows[split][0]) if split in self.rows else (len(self.tokens[split]) - 1) // self.block_size
+        pick = np.unique(np.linspace(0, n - 1, max(1, min(n, max_tokens // self.block_size))).round().astype(np.int64))
+        return self.rows[split][0][pick] if split in self.rows else pick * self.block_size
+
+    def windows(self, split, start):
+        """Windows at start (B,) of a split -> inputs and next-token targets, (B, T) int64, IGNORE where not learned."""
+        at, within = start[:, None] + np.arange(self.block_size + 1), True  # (B, T + 1)
+        if split in self.rows:  # behind a row comes the next example, and at the end nothing: filled, never learned
+            last = self.rows[split][1][np.searchsorted(self.rows[split][0], start)][:, None] - 1
+            within, at = at <= last, np.minimum(at, last)
+        ids = self.tokens[split][at].astype(np.int64)
+        if ids.max() >= self.vocab_size:
+            fail(f"{self.name}/{split}.bin holds token id {ids.max()}, outside the vocabulary of {self.vocab_size}; "
+                 f"{self.again}")
+        x, y = ids[:, :-1], ids[:, 1:]
+        if split in self.masks:
+            learned = (self.masks[split][at] > 0) & within
+            y = np.where(learned[:, 1:], y, IGNORE)
+        return x, y
+
+    def answers(self, max_tokens):
+        """
+        Test examples with a short answer, each alone in a window, its prompt first: x, y (n, T) int64, IGNORE but at
+        the answer, which of a conversation is the last; none for text. At most max_tokens, spread over the split.
+        """
+        pairs = []  # where an example starts, where its answer does, where both end
+        for start, end in zip(*self.examples("test")) if "test" in self.rows else ():
+            read = np.flatnonzero(self.masks["test"][start:end] == 0)
+            answer = start + (read[-1] + 1 if len(read) else 1)
+            if 0 < end - answer <= SHORT_ANSWER and end - start <= self.block_size + 1:
+                pairs.append((start, answer, end))
+        pairs = pairs[:: -(-len(pairs) * self.block_size // max_tokens) or 1]
+        x = np.zeros((len(pairs), self.block_size), dtype=np.int64)
+        y = np.full_like(x, IGNORE)
+        for i, (start, answer, end) in enumerate(pairs):
+            ids = self.tokens["test"][start:end]
+            x[i, : len(ids) - 1] = ids[:-1]
+            y[i, answer - start - 1: len(ids) - 1] = ids[answer - start:]
+        return x, y
+
+
+def gather(sets, split, source, u):
+    """
+    Sequence i starts at the fraction u[i] of a split of sets[source[i]]. Returns inputs and next-token targets, both
+    (B, T) int64. Loops over sources, never over tokens.
+    """
+    x, y = np.empty((2, len(source), sets[0].block_size), dtype=np.int64)
+    for k in np.unique(source):
+        rows = np.flatnonzero(source == k)
+        x[rows], y[rows] = sets[k].windows(split, sets[k].at_fraction(split, u[rows]))
+    return x, y
+
+
+def load_sets(args, ckpt=None):
+    """
+    The sets that --sources and --target name -> (sources, targets), two lists of TokenSet; args.sources and args.target
+    then say what was used. ckpt is the checkpoint that training starts from. Whatever is wrong with the data ends here.
+    """
+    sources, target = args.sources, args.target
+    if sources is None:  # the sample: go on with what this machine has
+        there = [n for n in SAMPLE_SOURCES if Path(args.data_dir, n, "meta.json").is_file()]
+        sources, target = ",".join(there or SAMPLE_SOURCES), target if target is not None else SAMPLE_TARGETS[0]
+    args.sources, args.target = sources, target if target is not None else sources
+    names = {flag: [n.strip() for n in text.split(",")]
+             for flag, text in (("--sources", args.sources), ("--target", args.target))}
+    for flag, given in names.items():
+        if "" in given:
+            fail(f"{flag} '{','.join(given)}' has an empty name; give names separated by commas")
+        twice = [n for n in given if given.count(n) > 1]
+        if twice:
+            fail(f"{flag} names {twice[0]} twice")
+    loaded = {n: TokenSet(args.data_dir, n, args.block_size) for n in dict.fromkeys(sum(names.values(), []))}
+    first = next(iter(loaded.values()))
+    for s in loaded.values():
+        if (s.tokenizer, s.vocab_size) != (first.tokenizer, first.vocab_size):
+            fail(f"'{s.name}' was prepared with the tokenizer {s.tokenizer} ({s.vocab_size} ids), '{first.name}' with "
+                 f"{first.tokenizer} ({first.vocab_size}); prepare both with the same --tokenizer")
+    if args.resume and ckpt["digests"] != {n: s.digest for n, s in loaded.items()}:
+        fail(f"the data in {args.data_dir}/ is not what {args.out_dir}/ckpt.pt was trained on; prepare it as it was, "
+             "or start a new run in another --out_dir")
+    if ckpt and (ckpt["tokenizer"], ckpt["config"]["vocab_size"]) != (first.tokenizer, first.vocab_size):
+        path = f"{args.out_dir}/ckpt.pt" if args.resume else args.init_from
+        fail(f"{path} was trained with the tokenizer {ckpt['tokenizer']} ({ckpt['config']['vocab_size']} ids), "
+             f"'{first.name}' was prepared with {first.tokenizer} ({first.vocab_size}); use the same --tokenizer")
+    for s in loaded.values():
+        examples, long, left_out = s.cut
+        if long and int(os.environ.get("RANK", 0)) == 0:
+            print(f"{s.name}: of {examples:,} examples {long:,} are longer than --block_size {args.block_size} and lose "
+                  f"their end; {left_out:,} of these have a prompt as long and are left out")
+    return tuple([loaded[n] for n in given] for given in names.values())
 
 
 def main():

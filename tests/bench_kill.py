@@ -9,6 +9,7 @@ Prints how many runs were killed how often, and at which steps; exit status 1 if
 import argparse
 import json
 import random
+import shutil
 import signal
 import sys
 import tempfile
@@ -20,11 +21,13 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from conftest import TINY, assert_same, chain_set, run, start  # noqa: E402
 
-FLAGS = [*TINY, "--sources", "a,b", "--target", "target", "--max_steps", 60, "--eval_every", 5, "--log_every", 1]
+FLAGS = [*TINY, "--sources", "a,b", "--target", "target", "--max_steps", 60, "--log_every", 5]
 
 
 def steps_logged(out):
-    return len((out / "log.jsonl").read_bytes().splitlines()) - 1 if (out / "log.jsonl").exists() else -1
+    """Steps done at the last report, -1 before the first."""
+    lines = (out / "log.jsonl").read_bytes().splitlines(keepends=True) if (out / "log.jsonl").exists() else []
+    return max([json.loads(line)["step"] for line in lines if line.endswith(b"\n")], default=-1)
 
 
 def kill_loop(folder, runs, seed, say=print):
@@ -37,9 +40,13 @@ def kill_loop(folder, runs, seed, say=print):
     for i in range(runs):
         out, killed = folder / f"run-{i}", []
         while True:
-            flags = ["--resume"] if (out / "ckpt.pt").exists() else [*FLAGS, "--overwrite"]
-            aim = rng.randint(max(0, steps_logged(out)), 60)  # most of a run is its start: aim at a step, and then
-            later = rng.choice((0.0, rng.uniform(0, 0.03), rng.uniform(0, 1.5)))  # at once, within a few, or anywhen
+            if (out / "ckpt.pt").exists():
+                flags = ["--resume"]
+            else:  # killed before its first checkpoint, that of step 0
+                shutil.rmtree(out, ignore_errors=True)
+                flags = FLAGS
+            aim = rng.randint(min(55, max(0, steps_logged(out))), 55)  # most of a run is its start: aim at a step, and
+            later = rng.choice((0.0, rng.uniform(0, 0.03), rng.uniform(0, 0.3)))  # then at once, within a few, or later
             process = start("fastmix.py", *flags, "--out_dir", out, cwd=folder)
             if len(killed) < 3:
                 while process.poll() is None and steps_logged(out) < aim:

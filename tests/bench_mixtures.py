@@ -2,17 +2,18 @@
 Does the search find the best mixture, and at what price? FastMix against fixed mixtures, a RegMix-style search and the
 update rules of DoGE and DoReMi, by the target's test loss of models trained from scratch for the same number of steps.
 
-    python tests/bench_mixtures.py --quick           one task, short runs: 5 minutes on 2 cores
-    python tests/bench_mixtures.py                   four tasks, some 5 hours on 2 cores; stop and go on as you like
-    python tests/bench_mixtures.py --stages alignments transfer stretch sensitivity       the other questions
-    python tests/bench_mixtures.py --table --results tests/bench_mixtures.jsonl           from stored results, no run
+    python tests/bench_mixtures.py --quick                     one task, short runs: 5 minutes on 2 cores
+    python tests/bench_mixtures.py                             four tasks, hours on 2 cores; stop and go on as you like
+    python tests/bench_mixtures.py --gpt2_ranks FILE.tiktoken  a fifth task, with a BPE vocabulary
+    python tests/bench_mixtures.py --stages transfer stretch sensitivity               the other questions
+    python tests/bench_mixtures.py --table --results tests/bench_mixtures.jsonl        from stored results, no run
 
 Every run is fastmix.py itself, in one thread, --jobs at a time, and one line in WORK/results.jsonl; a line that is
 there is never run again. Seeds are paired: a seed fixes initialisation and batches of every method's run.
 """
 import argparse
 import contextlib
-import copy
+import io
 import json
 import multiprocessing
 import os
@@ -32,80 +33,107 @@ import torch  # noqa: E402
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import fastmix  # noqa: E402
+from prepare_data import save_atomically  # noqa: E402
 
-TASKS = {  # name: (sources, target)
-    "numpy": ("python,cpp,prose,math,legal,noise", "numpy"),
-    "own": ("python,cpp,prose,math,legal", "python,cpp,prose,math,legal"),
-    "scarce": ("python,cpp,math,legal,prose_2", "prose_2"),  # prose with 2% of its train split
-    "noisy": ("python,cpp,prose,python_b,noise,bytes", "math"),  # half of them of no use or near-duplicates
+TASKS = {  # name: (title, sources, target)
+    "numpy": ("toward numpy", "python,cpp,prose,math,legal,noise", "numpy"),
+    "own": ("own val splits", "python,cpp,prose,math,legal", "python,cpp,prose,math,legal"),
+    "scarce": ("scarce target", "python,cpp,math,legal,prose_2", "prose_2"),  # prose with 2% of its train split
+    # three of seven are near-duplicates, or words of the first four without their order, or no text at all
+    "honest": ("half of no use", "python,cpp,prose,legal,python_b,noise_4,bytes", "math"),
+    "bpe": ("BPE vocabulary", "python,cpp,prose,math,legal,noise", "numpy"),
+    # of the earlier stored results: the words of `noise` are the target's too
+    "noisy": ("half of no use", "python,cpp,prose,python_b,noise,bytes", "math"),
 }
-TITLES = {"numpy": "toward numpy", "own": "own val splits", "scarce": "scarce target", "noisy": "half of no use"}
-SEARCHES = {"FastMix": [], "eps 0": ["--uniform_share", "0"], "eps 1": ["--uniform_share", "1"],
-            "every 20": ["--outer_every", "20"], "all": ["--alignment", "all"],
-            "all every 4": ["--alignment", "all", "--outer_every", "4", "--learning_rate_mixture", "0.06"],
-            "Adam": [], "DoGE": [], "DoReMi": ["--learning_rate_mixture", "0.1"]}
-SUMMARIES = {**dict.fromkeys(("FastMix", "Adam"), ("last", "last_half_average", "run_average", "trajectory")),
-             **dict.fromkeys(("all", "all every 4"), ("last_half_average", "trajectory")),
-             **dict.fromkeys(("eps 0", "eps 1", "every 20"), ("last_half_average",)),
-             **dict.fromkeys(("DoGE", "DoReMi"), ("run_average",))}  # as both papers do
-SIZES = {"base": {"n_layer": 2, "n_head": 2, "n_embd": 64}, "large": {"n_layer": 4, "n_head": 4, "n_embd": 128}}
-STRETCH = 4
+SEARCHES = {"FastMix": {}, "no sqrt v": {}, "no running mean": {}, "eps 0": {"uniform_share": 0},
+            "eps 1": {"uniform_share": 1}, "every 20": {"outer_every": 20}, "DoGE": {},
+            "DoReMi": {"learning_rate_mixture": 0.1}}  # {name: flags}
+ROWS = {  # of the table, and so what is run: {"search: mixture taken from it": title}
+    "uniform": "uniform", "proportional": "proportional to tokens", "best single source": "best single source",
+    "FastMix: last_half_average": "**FastMix, average of the last half**", "FastMix: last": "FastMix, last mixture",
+    "FastMix: run_average": "FastMix, average of the run", "FastMix: trajectory": "**FastMix, replayed trajectory**",
+    "no sqrt v: last_half_average": "without √v", "no running mean: last_half_average": "without the running mean",
+    # of the earlier stored results
+    "all: last_half_average": "`--alignment all`, average of the last half",
+    "all: trajectory": "`--alignment all`, replayed trajectory",
+    "all every 4: last_half_average": "`--alignment all`, every 4, average of the last half",
+    "all every 4: trajectory": "`--alignment all`, every 4, replayed trajectory",
+    "eps 0: last_half_average": "`--uniform_share 0`", "eps 1: last_half_average": "`--uniform_share 1`",
+    "every 20: last_half_average": "`--outer_every 20`",
+    "Adam: last_half_average": "Adam on z, average of the last half",  # earlier
+    "Adam: trajectory": "Adam on z, replayed trajectory",  # earlier
+    "DoGE: run_average": "DoGE's rule", "DoReMi: run_average": "DoReMi's rule",  # summed up as both papers do
+}
 REGMIX = (8, 16, 32, 64)  # runs of the RegMix-style search
-LEARNING_RATE = ("--learning_rate", 2e-3, "--min_lr", 2e-4)  # half the default: seeds differ by less
+ROWS |= {f"RegMix {n}": f"RegMix-style, {n} runs" for n in REGMIX}
+# a search of the earlier stored results, in runs of the proxy; 1.234 where it is not named
+EARLIER_COSTS = {"all": 1.833, "all every 4": 1.208, "every 20": 1.012, "DoReMi": 2.333}
+SIZES = {"base": (2, 2, 64), "large": (4, 4, 128), "bpe": (2, 4, 128)}  # layers, heads, channels
+STRETCH = 4
+SENSITIVITY = {"learning_rate_mixture": (0.005, 0.01, 0.02, 0.05, 0.2, 1.0), "outer_every": (1, 4, 20, 100),
+               "target_batch_size": (1, 2, 8, 32), "seed": ()}  # of the seeds, the runs that are there anyway
 KEY = ("task", "what", "seed", "steps", "size")  # what a result is known by
+with mock.patch.object(sys, "argv", ["fastmix.py"]):
+    DEFAULTS = vars(fastmix.parse_args({}))
+
+
+def sources_of(task):
+    return TASKS[task][1].split(",")
+
+
+def size_of(task):
+    return "bpe" if task == "bpe" else "base"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # data
 
 def derive(data, name, source, splits):
-    """A set from another one's tokens: {split: function of its ids}."""
+    """A set like another one but for some splits' tokens, {split: ids}."""
     shutil.rmtree(data / name, ignore_errors=True)
     shutil.copytree(data / source, data / name)
     meta = json.loads((data / name / "meta.json").read_text())
-    for split, change in splits.items():
-        ids = change(np.fromfile(data / source / f"{split}.bin", dtype=meta["dtype"]))
-        ids.tofile(data / name / f"{split}.bin")
+    for split, ids in splits.items():
+        ids.astype(meta["dtype"]).tofile(data / name / f"{split}.bin")
         meta["splits"][split] |= {"tokens": len(ids), "sha256": f"{name} of {meta['splits'][split]['sha256']}"}
     (data / name / "meta.json").write_text(json.dumps(meta | {"name": name}))
 
 
-def prepare(data):
-    if not (data / "bytes" / "meta.json").exists():
-        subprocess.run([sys.executable, ROOT / "prepare_data.py", "--data_dir", data], check=True)
-        derive(data, "prose_2", "prose", {"train": lambda ids: ids[: len(ids) // 50]})
-        derive(data, "python_b", "python", {"train": lambda ids: ids[len(ids) // 4:]})  # three quarters of python again
-        rng = np.random.default_rng(0)
-        derive(data, "bytes", "noise", {s: lambda ids: rng.integers(0, 256, len(ids)).astype(ids.dtype)
-                                        for s in ("train", "val", "test")})
+def read(data, name, split):
+    return np.fromfile(data / name / f"{split}.bin", dtype=np.uint16)
+
+
+def shuffled_words(texts, rng):
+    """The words of several sets' byte tokens, at most 500,000 bytes of each, in random order: letters, no text."""
+    texts = [np.where(ids < 256, ids, ord(" ")).astype(np.uint8)[:500_000].tobytes() for ids in texts]
+    words = [word for text in texts for word in text.split()]
+    rng.shuffle(words)
+    return np.frombuffer(b" ".join(words), dtype=np.uint8)
+
+
+def prepare(work, gpt2_ranks):
+    """The sample, the sets made from it and, given gpt2's vocabulary, the sample in its first 4,096 tokens."""
+    data, splits, rng = work / "data", ("train", "val", "test"), np.random.default_rng(0)
+    command = [sys.executable, ROOT / "prepare_data.py", "--data_dir"]
+    if not (data / "noise_4" / "meta.json").exists():
+        subprocess.run([*command, data], check=True)
+        prose, python = read(data, "prose", "train"), read(data, "python", "train")
+        derive(data, "prose_2", "prose", {"train": prose[: len(prose) // 50]})
+        derive(data, "python_b", "python", {"train": python[len(python) // 4:]})  # three quarters of python again
+        derive(data, "bytes", "noise", {s: rng.integers(0, 256, len(read(data, "noise", s))) for s in splits})
+        texts = {s: [read(data, name, s) for name in ("python", "cpp", "prose", "legal")] for s in splits}
+        derive(data, "noise_4", "noise", {s: shuffled_words(texts[s], rng) for s in splits})
+    if gpt2_ranks and not (work / "data-bpe" / "numpy" / "meta.json").exists():
+        vocabulary = work / "gpt2-4096.tiktoken"
+        vocabulary.write_bytes(b"".join(gpt2_ranks.read_bytes().splitlines(keepends=True)[:4096]))
+        subprocess.run([*command, work / "data-bpe", "--tokenizer", vocabulary], check=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# other methods' update rules, in fastmix.py's own loop
+# other methods' update rules, and this one's without a part, in fastmix.py's own loop: {name there: what replaces it}
 
-def gradient_step(z, gradient, alpha, present, learning_rate):
-    """What DoGE and DoReMi do with their gradients: on the logits it is mirror descent on the simplex."""
-    z -= learning_rate * gradient
-
-
-def adam(betas=(0.9, 0.95)):
-    """
-    Adam on z with formula (3), present sources only. Tried and dropped: it moves as fast on a small difference as on a
-    large one.
-    """
-    moments = []
-
-    def step(z, gradient, alpha, present, learning_rate):
-        if not moments:
-            moments.append(torch.zeros(3, len(z)))
-        m, v, n = moments[0]
-        m.copy_(torch.where(present, betas[0] * m + (1 - betas[0]) * gradient, m))
-        v.copy_(torch.where(present, betas[1] * v + (1 - betas[1]) * gradient**2, v))
-        n += present
-        move = (m / (1 - betas[0] ** n)) / ((v / (1 - betas[1] ** n)).sqrt() + 1e-12)
-        z.sub_(torch.where(present, learning_rate * move, 0.0))
-
-    return {"alignment_scale": lambda weight, alignment, present: 1.0, "mixture_step": step}
+NO_SQRT_V = {"in_adamw_units": lambda G, head, optimizer: G}
+NO_RUNNING_MEAN = {"DECAY": 0.0}
 
 
 def doge():
@@ -115,82 +143,81 @@ def doge():
     """
     largest = []
 
-    def gradient(alpha, alignment, present, eta=1.0, density=1.0):
-        largest.append(alignment.abs().max().item())
-        return -alignment * present / np.mean(largest[-100:])
+    def mixture_step(z, A, present, rate, entropy):
+        A = torch.where(present, A, 0.0)
+        largest.append(A.abs().max().item())
+        z += rate * A / np.mean(largest[-100:])
 
-    return {"mixture_gradient": gradient, "mixture_step": gradient_step}
+    return {"mixture_step": mixture_step, **NO_SQRT_V, **NO_RUNNING_MEAN}
 
 
 def doremi(reference):
     """
     DoReMi (Xie et al., arXiv 2305.10429): exponentiated gradient on each source's excess loss over a reference model's,
-    clipped at 0 a token. It knows no target. The excess travels where the loop carries alignments.
+    clipped at 0 a token. It knows no target. The excess travels where the loop carries the parts of the alignment.
     """
     ckpt = torch.load(reference, weights_only=True)
     net = fastmix.GPT(fastmix.GPTConfig(**ckpt["config"]))
     net.load_state_dict(ckpt["model"])
-    batch_loss = fastmix.batch_loss
+    original = fastmix.batch_loss
 
-    def with_excess(model, head, x, y, r, n_tokens, G_val=None):
-        loss, token_loss, _ = batch_loss(model, head, x, y, r, n_tokens)
+    def batch_loss(model, head, x, y, r, n_tokens, G, ends):
+        loss, token_loss, _ = original(model, head, x, y, r, n_tokens)
         with torch.no_grad():
             known = fastmix.fused_cross_entropy(net(x).flatten(0, 1), net.lm_head.weight, y.flatten())[1].view_as(y)
-        return loss, token_loss, (token_loss - known).clamp(min=0)
+            excess = r[:, None] * (token_loss - known).clamp(min=0) / n_tokens  # (B, T), weighted as gradients are
+        return loss, token_loss, torch.stack([part.sum() for part in excess.flatten().tensor_split(ends[:-1])])
 
-    def gradient(alpha, excess, present, eta=1.0, density=1.0):
-        return -excess * present
+    def mixture_step(z, A, present, rate, entropy):
+        z += rate * torch.where(present, A, 0.0)
 
-    return {"batch_loss": with_excess, "mixture_gradient": gradient, "mixture_step": gradient_step}
+    return {"batch_loss": batch_loss, "mixture_step": mixture_step}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # runs
 
-def train(argv, patches=None):
+def train(work, job, out, flags, patches={}):
     """One run of fastmix.py in this process. Returns its mixture.json and the rows of its log."""
-    out = Path(argv[argv.index("--out_dir") + 1])
-    with (mock.patch.multiple(fastmix, **patches) if patches else contextlib.nullcontext(),
-          mock.patch.object(sys, "argv", ["fastmix.py", *argv]),
-          open(f"{out}.txt", "w") as text, contextlib.redirect_stdout(text)):
+    _, sources, target = TASKS[job["task"]]
+    n_layer, n_head, n_embd = SIZES[job["size"]]
+    flags = {"sources": sources, "target": target, "out_dir": out, "seed": job["seed"], "max_steps": job["steps"],
+             "data_dir": Path(work, "data-bpe" if job["task"] == "bpe" else "data"), "device": "cpu",
+             "n_layer": n_layer, "n_head": n_head, "n_embd": n_embd, "eval_tokens": 1024,
+             "log_every": max(1, job["steps"] // 40), "learning_rate": 2e-3,  # half the default: seeds differ by less
+             **flags}
+    argv = ["fastmix.py", *(str(x) for flag, value in flags.items() for x in (f"--{flag}", value))]
+    with (mock.patch.multiple(fastmix, TEST_TOKENS=2**17 // len(target.split(",")), **patches),
+          mock.patch.object(sys, "argv", argv), contextlib.redirect_stdout(io.StringIO())):
         fastmix.main()
-    Path(f"{out}.txt").unlink()
-    return json.loads((out / "mixture.json").read_text()), [json.loads(r) for r in open(out / "log.jsonl")]
-
-
-def common(work, job, out):
-    """The flags that every run of a task has; later ones win."""
-    sources, target = TASKS[job["task"]]
-    return ["--sources", sources, "--target", target, "--seed", job["seed"], "--max_steps", job["steps"], *LEARNING_RATE,
-            *(x for k, v in SIZES[job["size"]].items() for x in ("--" + k, v)), "--eval_every", job["steps"],
-            "--log_every", max(1, job["steps"] // 40), "--test_tokens", 2**17 // len(target.split(",")), "--data_dir",
-            Path(work, "data"), "--device", "cpu", "--out_dir", out]
+    return json.loads((out / "mixture.json").read_text()), [json.loads(row) for row in open(out / "log.jsonl")]
 
 
 def one_run(work, job):
     """A job, as Bench.add() makes it -> its line of the results. Runs in a process of the pool."""
     torch.set_num_threads(1)
-    names = TASKS[job["task"]][0].split(",")
+    names, mixture, flags = sources_of(job["task"]), job["mixture"], job["flags"]
     with tempfile.TemporaryDirectory(dir=work) as folder:
-        mixture = job["mixture"]
-        if isinstance(mixture, list):  # a trajectory: rows of (step, weights)
-            rows = [json.dumps({"step": s, "alpha": dict(zip(names, a))}) + "\n" for s, a in mixture]
-            Path(folder, "log.jsonl").write_text("".join(rows))
-            mixture = str(Path(folder, "log.jsonl"))
-        elif isinstance(mixture, dict):
-            mixture = ",".join(f"{n}={w:.6f}" for n, w in mixture.items())
-        flags = [*common(work, job, Path(folder, "out")), *job["flags"], *(["--mixture", mixture] if mixture else [])]
-        patches = {"search DoGE": doge, "search Adam": adam}.get(job["what"], dict)()
+        log, reference = Path(folder, "log.jsonl"), Path(folder, "reference")
+        replayed = mixture is not None and isinstance(mixture[0], list)  # rows of a step and its weights
+        if replayed:
+            log.write_text("".join(json.dumps({"step": s, "alpha": dict(zip(names, a))}) + "\n" for s, a in mixture))
+            mixture = log
+        elif mixture is not None and not isinstance(mixture, str):
+            mixture = ",".join(f"{n}={w:.6f}" for n, w in zip(names, mixture))
         if job["what"] == "search DoReMi":
-            train(list(map(str, [*common(work, job, Path(folder, "reference")), "--mixture", "uniform"])))
-            patches = doremi(Path(folder, "reference", "ckpt.pt"))
-        found, log = train(list(map(str, flags)), patches)
+            train(work, job, reference, {"mixture": "uniform"})
+            patches = doremi(reference / "ckpt.pt")
+        else:
+            patches = {"search DoGE": doge(), "search no sqrt v": NO_SQRT_V,
+                       "search no running mean": NO_RUNNING_MEAN}.get(job["what"], {})
+        found, rows = train(work, job, Path(folder, "out"), flags if mixture is None else {"mixture": mixture}, patches)
     result = {k: job[k] for k in KEY}
     result |= {"test_loss": round(found["test_loss"], 5), "seconds": found["seconds"]}
     if found["searched"]:
         result["mixtures"] = {n: [round(w, 5) for w in m.values()] for n, m in found["mixtures"].items()}
-        result["trajectory"] = [[r["step"], [round(w, 4) for w in r["alpha"].values()]] for r in log]
-    elif not isinstance(job["mixture"], list):
+        result["trajectory"] = [[r["step"], [round(w, 4) for w in r["alpha"].values()]] for r in rows]
+    elif not replayed:
         result["mixture"] = [round(w, 5) for w in found["mixture"].values()]
     return result
 
@@ -201,32 +228,34 @@ class Bench:
     def __init__(self, args):
         self.args, self.work = args, Path(args.work)
         self.path = self.work / "results.jsonl"
-        self.work.mkdir(parents=True, exist_ok=True)
         self.results = load(self.path)
         if self.results:  # without the line that a kill cut short
             lines = "".join(json.dumps(r) + "\n" for r in self.results.values())
-            fastmix.save_atomically(self.path, lambda f: f.write(lines.encode()))
+            save_atomically(self.path, lambda f: f.write(lines.encode()))
         self.jobs = {}
 
-    def get(self, task, what, seed, steps=None, size="base"):
-        return self.results.get((task, what, seed, steps or self.args.steps, size))
+    def key(self, task, what, seed, steps=None, size=None):
+        return task, what, seed, steps or self.args.steps, size or size_of(task)
 
-    def add(self, task, what, seed, mixture=None, flags=(), steps=None, size="base"):
-        """Asks for a run; with no mixture it is a search."""
-        key = (task, what, seed, steps or self.args.steps, size)
+    def get(self, *key, **where):
+        return self.results.get(self.key(*key, **where))
+
+    def add(self, task, what, seed, mixture=None, flags={}, **where):
+        """Asks for a run at a mixture: K weights, a trajectory or a name; with none it is a search."""
+        key = self.key(task, what, seed, **where)
         if key not in self.results:
-            self.jobs[key] = dict(zip(KEY, key), mixture=mixture, flags=list(flags))
+            self.jobs[key] = dict(zip(KEY, key), mixture=mixture, flags=flags)
 
-    def store(self, result, f):
-        f.write(json.dumps(result) + "\n")
-        f.flush()
+    def store(self, result):
+        with open(self.path, "a") as f:
+            f.write(json.dumps(result) + "\n")
         self.results[key_of(result)] = result
 
     def run(self):
         """Runs what was asked for, each result written as it comes."""
         if self.jobs:
             context = multiprocessing.get_context("fork")  # torch is imported once
-            with ProcessPoolExecutor(self.args.jobs, mp_context=context) as pool, open(self.path, "a") as f:
+            with ProcessPoolExecutor(self.args.jobs, mp_context=context) as pool:
                 pending = {pool.submit(one_run, str(self.work), job): job for job in self.jobs.values()}
                 for n, future in enumerate(as_completed(pending), 1):
                     try:
@@ -235,7 +264,7 @@ class Bench:
                         pool.shutdown(cancel_futures=True)
                         print("failed:", pending[future], file=sys.stderr)
                         raise
-                    self.store(result, f)
+                    self.store(result)
                     print(f"{n}/{len(pending)} {result['task']:7s} {result['what']:32s} seed {result['seed']} "
                           f"{result['size']} {result['steps']}: {result['test_loss']:.4f}  ({result['seconds']:.0f} s)",
                           flush=True)
@@ -290,134 +319,41 @@ def compare(bench, args):
     """Stage by stage over all tasks, so that the pool is never short of jobs."""
     first = args.seeds[0]
     for task in args.tasks:
-        names = TASKS[task][0].split(",")
-        for what in args.searches:
-            for seed in args.seeds:
-                bench.add(task, f"search {what}", seed, flags=SEARCHES[what])
+        names = sources_of(task)
         for seed in args.seeds:
+            for what in args.searches:
+                bench.add(task, f"search {what}", seed, flags=SEARCHES[what])
             for m in ("uniform", "proportional"):
                 bench.add(task, m, seed, m)
-        for n in names:
-            bench.add(task, f"only {n}", first, {n: 1.0})
+        for name, m in zip(names, np.eye(len(names))):
+            bench.add(task, f"only {name}", first, m)
         for i, m in enumerate(random_mixtures(len(names), args.random)):
-            bench.add(task, f"random {i}", first, dict(zip(names, m)))
+            bench.add(task, f"random {i}", first, m)
     bench.run()
     for task in args.tasks:
-        names = TASKS[task][0].split(",")
-        for what in args.searches:
-            for seed in args.seeds:
-                found = bench.get(task, f"search {what}", seed)
-                for m in SUMMARIES[what]:
-                    mixture = found["trajectory"] if m == "trajectory" else dict(zip(names, found["mixtures"][m]))
-                    bench.add(task, f"{what}: {m}", seed, mixture)
+        for what in ROWS:
+            method, _, taken = what.partition(": ")
+            for seed in args.seeds if method in args.searches else ():
+                found = bench.get(task, f"search {method}", seed)
+                bench.add(task, what, seed, found["trajectory"] if taken == "trajectory" else found["mixtures"][taken])
         done = [bench.get(task, f"random {i}", first) for i in range(args.random)]
         for n in REGMIX:
             if n <= args.random:
                 best = regmix(np.array([r["mixture"] for r in done[:n]]), np.array([r["test_loss"] for r in done[:n]]))
                 for seed in args.seeds:
-                    bench.add(task, f"RegMix {n}", seed, dict(zip(names, best)))
+                    bench.add(task, f"RegMix {n}", seed, best)
     bench.run()
     # the best fixed mixtures ever run, on all seeds: best_fixed() chooses among them
     for task in args.tasks:
-        names = TASKS[task][0].split(",")
-        fixed = [r for r in bench.results.values() if r["task"] == task and r["steps"] == args.steps
-                 and r["size"] == "base" and "mixture" in r and r["seed"] == first
+        fixed = [r for key, r in bench.results.items() if key == bench.key(task, r["what"], first) and "mixture" in r
                  and not r["what"].startswith("best, from")]  # copies, made below when this ran before
         for r in sorted(fixed, key=lambda r: r["test_loss"])[: args.best]:
             what = f"best, from {r['what']}" if ":" in r["what"] else r["what"]  # "method: summary" differs by seed
-            if what != r["what"] and not bench.get(task, what, first):
-                with open(bench.path, "a") as f:
-                    bench.store({**r, "what": what}, f)
+            if not bench.get(task, what, first):
+                bench.store({**r, "what": what})
             for seed in args.seeds:
-                bench.add(task, what, seed, dict(zip(names, r["mixture"])))
+                bench.add(task, what, seed, r["mixture"])
     bench.run()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# the other questions
-
-def study_alignments(work, job):
-    """
-    Does the shortcut hold? For checkpoints early, in the middle and at the end of a search: each source's alignment at
-    the head (formula (2)), its alignment over all parameters, and the target's true change of loss after one AdamW step
-    on the source alone, each from the same 256 sequences a source. Returns one line of the results a checkpoint.
-    """
-    torch.set_num_threads(1)
-    names, target_names = (t.split(",") for t in TASKS[job["task"]])
-    steps, save = job["steps"], fastmix.save_atomically
-    with tempfile.TemporaryDirectory(dir=work) as folder:
-        def keep(path, write):
-            save(path, write)
-            if path.name == "ckpt.pt":
-                shutil.copy(path, Path(folder, f"{torch.load(path, weights_only=True)['step']}.pt"))
-        train([*map(str, common(work, job, Path(folder, "out"))), "--eval_every", str(steps // 10), "--eval_tokens", "64",
-               "--test_tokens", "64"],
-              {"save_atomically": keep})
-        lines = []
-        for step in (steps // 10, steps // 2, steps):
-            ckpt = torch.load(Path(folder, f"{step}.pt"), weights_only=True)
-            lines.append({**job, "what": f"alignments at {step / steps:g}", **measure(work, names, target_names, ckpt)})
-    return lines
-
-
-def measure(work, names, target_names, ckpt):
-    args = argparse.Namespace(**ckpt["args"])
-    sets = {n: fastmix.TokenSet(Path(work, "data"), n, args.block_size) for n in {*names, *target_names}}
-    rng = torch.Generator().manual_seed(0)
-
-    def batch(chosen, split, n):
-        u = torch.rand(n + 1, generator=rng, dtype=torch.float64).numpy()
-        return fastmix.gather(chosen, split, fastmix.draw(np.ones(len(chosen)), u), u[1:])
-
-    def model_and_optimizer():
-        net = fastmix.GPT(fastmix.GPTConfig(**ckpt["config"]))
-        net.load_state_dict(ckpt["model"])
-        optimizer = net.configure_optimizer(args.learning_rate, args.weight_decay, (0.9, 0.95), fused=False)
-        optimizer.load_state_dict(copy.deepcopy(ckpt["optimizer"]))  # a step moves its tensors, which it does not copy
-        return net, optimizer
-
-    def loss(net, x, y):
-        return fastmix.fused_cross_entropy(net(x).flatten(0, 1), net.lm_head.weight, y.flatten())[0]
-
-    def gradient(net, x, y):
-        return torch.cat([g.flatten() for g in torch.autograd.grad(loss(net, x, y), list(net.parameters()))])
-
-    net, _ = model_and_optimizer()
-    x_val, y_val = batch([sets[n] for n in target_names], "val", 256)
-    G_val = fastmix.target_gradient(net, net.lm_head.weight, x_val, y_val, y_val.numel())
-    g_val = gradient(net, x_val, y_val)
-    with torch.no_grad():
-        before = loss(net, x_val, y_val).item()
-    found = {"head": [], "all": [], "change": []}
-    for name in names:
-        head, full, change = [], [], []
-        for _ in range(4):
-            x, y = batch([sets[name]], "train", 64)
-            with torch.no_grad():
-                _, _, alignment = fastmix.batch_loss(net, net.lm_head.weight, x, y, torch.ones(64), y.numel(), G_val)
-                head.append(alignment.mean())
-            full.append(gradient(net, x, y) @ g_val)
-            moved, optimizer = model_and_optimizer()
-            loss(moved, x, y).backward()
-            torch.nn.utils.clip_grad_norm_(moved.parameters(), args.grad_clip)
-            optimizer.step()
-            with torch.no_grad():
-                change.append(loss(moved, x_val, y_val).item() - before)
-        for key, values in (("head", head), ("all", full), ("change", change)):
-            found[key].append(float(f"{np.mean([float(v) for v in values]):.4g}"))
-    return found
-
-
-def alignments(bench, args):
-    jobs = [{"task": task, "what": "alignments", "seed": seed, "steps": args.steps, "size": "base"}
-            for task in args.tasks for seed in args.seeds[: args.far]
-            if not bench.get(task, "alignments at 1", seed)]
-    with ProcessPoolExecutor(args.jobs, mp_context=multiprocessing.get_context("fork")) as pool:
-        for future in as_completed([pool.submit(study_alignments, str(bench.work), job) for job in jobs]):
-            with open(bench.path, "a") as f:
-                for line in future.result():
-                    bench.store(line, f)
-                    print(line["task"], line["what"], "seed", line["seed"], flush=True)
 
 
 def best_fixed(results, task, args, measured_on=None):
@@ -427,7 +363,7 @@ def best_fixed(results, task, args, measured_on=None):
     """
     by_what = {}
     for r in results.values():
-        if r["task"] == task and r["steps"] == args.steps and r["size"] == "base" and "mixture" in r:
+        if (r["task"], r["steps"], r["size"]) == (task, args.steps, size_of(task)) and "mixture" in r:
             by_what.setdefault(r["what"], {})[r["seed"]] = r
     whole = {what: runs for what, runs in by_what.items() if set(args.seeds) <= runs.keys()
              and len({tuple(r["mixture"]) for r in runs.values()}) == 1}  # one mixture on all seeds
@@ -436,34 +372,24 @@ def best_fixed(results, task, args, measured_on=None):
     return best, whole[best][args.seeds[0]]["mixture"]
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# the other questions
+
 def use_elsewhere(bench, args, **where):
     """What was found by the small and short search, and by a search there, at another size or length of training."""
-    for task in args.tasks:
-        names = TASKS[task][0].split(",")
-        for seed in args.seeds[: args.far]:
-            found = bench.get(task, "search FastMix", seed)
-            average = dict(zip(names, found["mixtures"]["last_half_average"]))
-            for what, mixture in (("uniform", "uniform"), ("proportional", "proportional"),
-                                  ("FastMix: last_half_average", average),
-                                  ("FastMix: trajectory", found["trajectory"]),
-                                  ("best fixed", dict(zip(names, best_fixed(bench.results, task, args)[1])))):
-                bench.add(task, what, seed, mixture, **where)
-            bench.add(task, "search FastMix", seed, **where)
+    runs = [(task, seed) for task in args.tasks for seed in args.seeds[: args.far]]
+    for task, seed in runs:
+        found = bench.get(task, "search FastMix", seed)
+        for what, mixture in (("uniform", "uniform"), ("proportional", "proportional"),
+                              ("FastMix: last_half_average", found["mixtures"]["last_half_average"]),
+                              ("FastMix: trajectory", found["trajectory"]),
+                              ("best fixed", best_fixed(bench.results, task, args)[1]), ("search FastMix", None)):
+            bench.add(task, what, seed, mixture, **where)
     bench.run()
-    for task in args.tasks:
-        for seed in args.seeds[: args.far]:
-            found = bench.get(task, "search FastMix", seed, **where)["mixtures"]["last_half_average"]
-            bench.add(task, "searched there", seed, dict(zip(TASKS[task][0].split(","), found)), **where)
+    for task, seed in runs:
+        found = bench.get(task, "search FastMix", seed, **where)
+        bench.add(task, "searched there", seed, found["mixtures"]["last_half_average"], **where)
     bench.run()
-
-
-SENSITIVITY = {
-    "learning_rate_mixture": (0.005, 0.01, 0.02, 0.05, 0.2, 1.0), "outer_every": (1, 4, 20, 100),
-    "target_batch_size": (1, 2, 8, 32), "seed": (),  # of the runs that are there anyway
-    "start_mixture": ("uniform", "proportional", "noise=0.9,python=0.02,cpp=0.02,prose=0.02,math=0.02,legal=0.02")}
-
-
-DEFAULTS = {"learning_rate_mixture": 0.02, "outer_every": 1, "target_batch_size": 8, "start_mixture": "uniform"}
 
 
 def search_with(flag, value):
@@ -472,77 +398,52 @@ def search_with(flag, value):
 
 
 def sensitivity(bench, args):
-    names = TASKS["numpy"][0].split(",")
-    settings = [(flag, value, seed) for flag, values in SENSITIVITY.items() for value in values
-                for seed in args.seeds[: args.far]]
-    for flag, value, seed in settings:
-        bench.add("numpy", f"search {search_with(flag, value)}", seed,
-                  flags=[] if value == DEFAULTS[flag] else ["--" + flag, value])
+    settings = [(search_with(flag, value), {flag: value}, seed) for flag, values in SENSITIVITY.items()
+                for value in values for seed in args.seeds[: args.far]]
+    for what, flags, seed in settings:
+        bench.add("numpy", f"search {what}", seed, flags=flags)
     bench.run()
-    for flag, value, seed in settings:
-        what = search_with(flag, value)
+    for what, _, seed in settings:
         found = bench.get("numpy", f"search {what}", seed)["mixtures"]["last_half_average"]
-        bench.add("numpy", f"{what}: last_half_average", seed, dict(zip(names, found)))
+        bench.add("numpy", f"{what}: last_half_average", seed, found)
     bench.run()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # tables and figures
 
-def flops(size, steps, search=None, block_size=64, batch_size=16, target_batch_size=8, V=257):
+def flops(size, steps, search=None):
     """
     Of one run: 2 a weight and token forward and 4 backward (Kaplan et al., arXiv 2001.08361), attention 2 T C a token,
-    layer and pass. A search (a key of SEARCHES) adds the target's forward pass, its head gradient and the alignments'
-    matmul; over all parameters, the target's backward pass too and the batch's forward pass.
+    layer and pass. A search (a key of SEARCHES) adds the target's forward pass and its head gradient an outer step.
     """
-    L, C = SIZES[size]["n_layer"], SIZES[size]["n_embd"]
-    forward = 2 * (12 * L * C**2 + V * C) + 2 * L * block_size * C
-    tokens, cost = batch_size * block_size, 3 * forward
-    flags = SEARCHES.get(search, [])
-    target_tokens = target_batch_size * block_size
-    every = int(flags[flags.index("--outer_every") + 1]) if "--outer_every" in flags else 1
-    if search is None:
-        extra = 0.0
-    elif search == "DoReMi":
+    (L, _, C), V, T = SIZES[size], 4097 if size == "bpe" else 257, DEFAULTS["block_size"]
+    forward = 2 * (12 * L * C**2 + V * C) + 2 * L * T * C  # of a token
+    tokens, extra = DEFAULTS["batch_size"] * T, 0.0
+    if search == "DoReMi":
         extra = tokens * forward  # the reference model reads along
-    elif "--alignment" in flags:  # the target forward and backward, the batch forward
-        extra = (3 * target_tokens + tokens) * forward / every
-    else:
-        extra = (target_tokens * (forward + 2 * V * C) + tokens * 2 * V * C) / every
-    return steps * (tokens * cost + extra)
+    elif search:
+        every = SEARCHES[search].get("outer_every", DEFAULTS["outer_every"])
+        extra = DEFAULTS["target_batch_size"] * T * (forward + 2 * V * C) / every
+    return steps * (3 * tokens * forward + extra)
 
 
-def cost_of(what, args):
+def cost_of(what, task, args):
     """In runs of the proxy at a fixed mixture; the run at the mixture that comes out is everybody's and not counted."""
-    run, method = flops("base", args.steps), what.split(":")[0]
+    method, _, taken = what.partition(": ")
     if what.startswith("RegMix"):
         return int(what.split()[1])
-    if method in SEARCHES:
-        return flops("base", args.steps, method) / run + (method == "DoReMi")
-    return 0.0
+    if not taken:
+        return 0.0
+    if args.earlier:
+        return EARLIER_COSTS.get(method, 1.234)
+    return flops(size_of(task), 1, method) / flops(size_of(task), 1) + (method == "DoReMi")
 
 
-def losses(results, task, what, seeds, steps, size="base"):
+def losses(results, task, what, seeds, steps, size=None):
     """(S,) test losses, or None where one is missing."""
-    rows = [results.get((task, what, seed, steps, size)) for seed in seeds]
+    rows = [results.get((task, what, seed, steps, size or size_of(task))) for seed in seeds]
     return np.array([r["test_loss"] for r in rows]) if all(rows) else None
-
-
-ROWS = {"uniform": "uniform", "proportional": "proportional to tokens", "best single source": "best single source",
-        "FastMix: last_half_average": "**FastMix, average of the last half**", "FastMix: last": "FastMix, last mixture",
-        "FastMix: run_average": "FastMix, average of the run",
-        "FastMix: trajectory": "**FastMix, replayed trajectory**",
-        "all: last_half_average": "`--alignment all`, average of the last half",
-        "all: trajectory": "`--alignment all`, replayed trajectory",
-        "all every 4: last_half_average": "`--alignment all`, every 4, average of the last half",
-        "all every 4: trajectory": "`--alignment all`, every 4, replayed trajectory",
-        "eps 0: last_half_average": "`--uniform_share 0`", "eps 0: trajectory": "`--uniform_share 0`, replayed",
-        "eps 1: last_half_average": "`--uniform_share 1`", "eps 1: trajectory": "`--uniform_share 1`, replayed",
-        "every 20: last_half_average": "`--outer_every 20`", "every 20: trajectory": "`--outer_every 20`, replayed",
-        "Adam: last_half_average": "Adam on z, average of the last half",
-        "Adam: trajectory": "Adam on z, replayed trajectory",
-        "DoGE: run_average": "DoGE's rule", "DoReMi: run_average": "DoReMi's rule",
-        **{f"RegMix {n}": f"RegMix-style, {n} runs" for n in REGMIX}}
 
 
 def measured_seeds(args):
@@ -552,17 +453,16 @@ def measured_seeds(args):
 
 def regret(results, task, what, args):
     """
-    (S,) loss above the best fixed mixture known, in % of it, on each seed that ran; None if none did. On each seed it is
-    the mixture that is best on the other seeds.
+    (S,) loss above the best fixed mixture known, in % of it, on each seed that ran; None if none did. On each seed it
+    is the mixture that is best on the other seeds.
     """
-    seeds = [s for s in measured_seeds(args) if (task, what, s, args.steps, "base") in results]
+    seeds = measured_seeds(args)
     if what == "best single source":  # on the first seed only
-        single = [r for r in results.values() if r["task"] == task and r["what"].startswith("only ")
-                  and r["steps"] == args.steps and r["size"] == "base" and r["seed"] == args.seeds[0]]
-        if single:
-            what, seeds = min(single, key=lambda r: r["test_loss"])["what"], args.seeds[:1]
-    best = np.concatenate([losses(results, task, best_fixed(results, task, args, s)[0], [s], args.steps)
-                           for s in seeds]) if seeds else None
+        seeds, rest = args.seeds[:1], (args.seeds[0], args.steps, size_of(task))
+        single = {f"only {n}": results.get((task, f"only {n}", *rest)) for n in sources_of(task)}
+        what = min((w for w, r in single.items() if r), key=lambda w: single[w]["test_loss"], default=what)
+    seeds = [s for s in seeds if losses(results, task, what, [s], args.steps) is not None]
+    best = [losses(results, task, best_fixed(results, task, args, s)[0], [s], args.steps)[0] for s in seeds]
     return 100 * (losses(results, task, what, seeds, args.steps) / best - 1) if seeds else None
 
 
@@ -577,128 +477,113 @@ def cell(values, n_seeds):
 
 def show(args):
     results = load(args.results)
+    args.earlier = any(r["what"].startswith("all: ") for r in results.values())  # of the earlier alignment
     tasks = [t for t in args.tasks if losses(results, t, "uniform", args.seeds, args.steps) is not None]
+    if not tasks:
+        return print(f"{args.results} has no runs of {args.steps} steps on all of these seeds and one of these tasks")
+    titles = [TASKS[t][0] for t in tasks]
     chosen = " (chosen on the other seeds)" if len(args.seeds) > 1 else ""
-    print(f"{args.steps} steps, seeds {', '.join(map(str, measured_seeds(args)))}; regret: % of the loss above the best "
-          f"fixed mixture known{chosen}, mean over the seeds (lowest to highest)\n")
-    print("| | cost | " + " | ".join(TITLES[t] for t in tasks) + " |\n| --- | --- |" + " --- |" * len(tasks))
+    print(f"{args.steps} steps, seeds {', '.join(map(str, measured_seeds(args)))}; regret: % of the loss above the "
+          f"best fixed mixture known{chosen}, mean over the seeds (lowest to highest)\n")
+    print("| | cost | " + " | ".join(titles) + " |\n| --- | --- |" + " --- |" * len(tasks))
     for what, title in ROWS.items():
         cells = [cell(regret(results, t, what, args), len(measured_seeds(args))) for t in tasks]
         if any(cells):
-            print(f"| {title} | {cost_of(what, args):.2f} | " + " | ".join(cells) + " |")
+            print(f"| {title} | {cost_of(what, tasks[0], args):.2f} | " + " | ".join(cells) + " |")
     for task in tasks:
         best, mixture = best_fixed(results, task, args)
         loss = losses(results, task, best, args.seeds, args.steps)
         uniform = losses(results, task, "uniform", args.seeds, args.steps)
-        names = TASKS[task][0].split(",")
-        print(f"\n{task}: best fixed mixture known {loss.mean():.4f} nats a token ({best}: "
-              + ", ".join(f"{n} {w:.2f}" for n, w in zip(names, mixture))
-              + f"); uniform {uniform.mean():.4f}, its seeds differ by {100 * np.ptp(uniform) / uniform.mean():.2f}%")
+
+        def listed(weights):
+            return ", ".join(f"{n} {w:.2f}" for n, w in zip(sources_of(task), weights))
+        print(f"\n{task}: best fixed mixture known {loss.mean():.4f} nats a token ({best}: {listed(mixture)}); "
+              f"uniform {uniform.mean():.4f}, its seeds differ by {100 * np.ptp(uniform) / uniform.mean():.2f}%")
         for seed in args.seeds:
-            found = results.get((task, "search FastMix", seed, args.steps, "base"))
+            found = results.get((task, "search FastMix", seed, args.steps, size_of(task)))
             if found:
-                print(f"    seed {seed} found " + ", ".join(
-                    f"{n} {w:.2f}" for n, w in zip(names, found["mixtures"]["last_half_average"])))
-    seconds = {kind: np.median([r["seconds"] for r in results.values() if r["size"] == "base"
-                                and r["steps"] == args.steps and r["what"] == kind] or [np.nan])
-               for kind in ("uniform", "search FastMix")}
-    print(f"\na run {flops('base', args.steps):.3g} FLOPs, {seconds['uniform']:.0f} s; a search "
-          f"{flops('base', args.steps, 'FastMix'):.3g} FLOPs, {seconds['search FastMix']:.0f} s")
-    show_alignments(results, tasks, args)
-    for title, steps, size in ((f"{STRETCH} times as many steps", STRETCH * args.steps, "base"),
-                               ("a model 6.5 times as large", args.steps, "large")):
-        show_elsewhere(results, tasks, title, steps, size)
+                print(f"    seed {seed} found " + listed(found["mixtures"]["last_half_average"]))
+    print()
+    for what, cost in (("uniform", 1.0), ("search FastMix", cost_of("FastMix: last", tasks[0], args))):
+        seconds = [r["seconds"] for r in results.values()
+                   if r["what"] == what and r["steps"] == args.steps and r["size"] == size_of(tasks[0])]
+        if seconds:
+            print(f"{what}: {cost * flops(size_of(tasks[0]), args.steps):.3g} FLOPs, {np.median(seconds):.0f} s")
+    show_elsewhere(results, tasks, args, f"{STRETCH} times as many steps", STRETCH * args.steps)
+    show_elsewhere(results, tasks, args, "a larger model, 4 layers of 128 channels", args.steps, "large")
     folder = Path(args.results).parent
-    if tasks:
-        figure(results, tasks, args, folder / "mixtures.png")
-    figure_sensitivity(results, args, folder / "sensitivity.png")
+    figure(results, tasks, args, folder / "mixtures.png")
+    if not args.earlier:  # its defaults were others
+        figure_sensitivity(results, args, folder / "sensitivity.png")
 
 
-def ranks(values):
-    return np.argsort(np.argsort(values))
-
-
-def show_alignments(results, tasks, args):
-    """Spearman's rank correlations over a task's sources, averaged over the searches studied."""
-    pairs = {"head with all parameters": lambda r: (r["head"], r["all"]),
-             "head with true change": lambda r: (r["head"], [-c for c in r["change"]]),
-             "all parameters with true change": lambda r: (r["all"], [-c for c in r["change"]])}
-    found = {}
-    for r in results.values():
-        if r["what"].startswith("alignments at ") and r["steps"] == args.steps:
-            for pair, values in pairs.items():
-                of_pair = found.setdefault((pair, r["what"].split()[-1]), {}).setdefault(r["task"], [])
-                of_pair.append(np.corrcoef(*map(ranks, values(r)))[0, 1])
-    if found:
-        searches = max(len(v) for of_pair in found.values() for v in of_pair.values())
-        print(f"\nrank correlation of alignments with each other and with the target's true change of loss after one AdamW "
-              f"step on each source alone, mean of {searches} search{'es' * (searches > 1)} a task\n")
-        print("| | at | " + " | ".join(TITLES[t] for t in tasks) + " | mean |\n| --- | --- | --- |" + " --- |" * len(tasks))
-        for (pair, at), of_pair in sorted(found.items()):
-            means = [np.mean(of_pair[t]) if t in of_pair else np.nan for t in tasks]
-            print(f"| {pair} | {float(at):.0%} of the run | "
-                  + " | ".join("" if np.isnan(m) else f"{m:.2f}" for m in (*means, np.nanmean(means))) + " |")
-
-
-def show_elsewhere(results, tasks, title, steps, size):
-    seeds = sorted({r["seed"] for r in results.values() if r["steps"] == steps and r["size"] == size
-                    and r["what"] == "FastMix: trajectory"})
+def show_elsewhere(results, tasks, args, title, steps, size=None):
+    seeds = [s for s in args.seeds
+             if any((t, "FastMix: trajectory", s, steps, size or size_of(t)) in results for t in tasks)]
     if not seeds:
         return
     print(f"\n{title}: % of uniform's loss, seeds {', '.join(map(str, seeds))}\n")
-    print("| | " + " | ".join(TITLES[t] for t in tasks) + " |\n| --- |" + " --- |" * len(tasks))
+    print("| | " + " | ".join(TASKS[t][0] for t in tasks) + " |\n| --- |" + " --- |" * len(tasks))
     titles = {"proportional": "proportional to tokens", "best fixed": "best fixed mixture of the small runs",
               "FastMix: last_half_average": "FastMix, found by the small search",
               "FastMix: trajectory": "FastMix, its trajectory replayed", "searched there": "FastMix, searched there"}
     for what, title in titles.items():
         cells = []
         for task in tasks:
-            ran = [s for s in seeds if losses(results, task, "uniform", [s], steps, size) is not None
-                   and losses(results, task, what, [s], steps, size) is not None]
-            gain = 100 * (losses(results, task, what, ran, steps, size)
-                          / losses(results, task, "uniform", ran, steps, size) - 1) if ran else None
-            cells.append(cell(gain, len(seeds)))
+            pairs = [[losses(results, task, w, [s], steps, size) for w in (what, "uniform")] for s in seeds]
+            gains = [100 * (found / uniform - 1) for found, uniform in pairs
+                     if found is not None and uniform is not None]
+            cells.append(cell(np.array(gains) if gains else None, len(seeds)))
         if any(cells):
             print(f"| {title} | " + " | ".join(cells) + " |")
 
 
-def figure(results, tasks, args, path):
-    """Regret against the cost of the search, one panel a task."""
+def draw(axes, path, ylabel):
+    """Finishes a row of panels: one legend below all, and the file."""
+    for ax in axes:
+        ax.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel(ylabel)
+    fig = axes[0].figure
+    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8, frameon=False)
+    fig.savefig(path)
+    print(f"\nwrote {path}")
+
+
+def panels(n, **size):
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    fig, axes = plt.subplots(1, len(tasks), figsize=(3.4 * len(tasks), 3.8), dpi=110, squeeze=False,
-                             layout="constrained", sharey=False)
-    points = (("FastMix: last_half_average", "#0072B2", "o", "FastMix, last half"),
-              ("FastMix: trajectory", "#56B4E9", "D", "FastMix, replayed"),
-              ("all: last_half_average", "#D55E00", "P", "--alignment all, last half"),
-              ("all every 4: last_half_average", "#332288", "X", "--alignment all, every 4, last half"),
-              ("DoGE: run_average", "#E69F00", "^", "DoGE's rule"),
-              ("DoReMi: run_average", "#CC79A7", "v", "DoReMi's rule"))
-    for ax, task in zip(axes[0], tasks):
-        def points_of(whats):
-            found = [(cost_of(w, args), regret(results, task, w, args)) for w in whats]
-            return [(c, r.mean(), r.mean() - r.min(), r.max() - r.mean()) for c, r in found if r is not None]
+    return plt.subplots(1, n, dpi=110, squeeze=False, layout="constrained", **size)[1][0]
+
+
+def figure(results, tasks, args, path):
+    """Regret against the cost of the search, one panel a task."""
+    lines = (([f"RegMix {n}" for n in REGMIX], "#009E73", "s", 0, "RegMix-style"),
+             (["FastMix: last_half_average"], "#0072B2", "o", 0, "FastMix, last half"),
+             (["FastMix: trajectory"], "#56B4E9", "D", 3, "FastMix, replayed"),
+             (["all: last_half_average"], "#D55E00", "P", 0, "--alignment all, last half"),
+             (["all every 4: last_half_average"], "#332288", "X", 1, "--alignment all, every 4, last half"),
+             (["DoGE: run_average"], "#E69F00", "^", 2, "DoGE's rule"),
+             (["DoReMi: run_average"], "#CC79A7", "v", 4, "DoReMi's rule"))
+    axes = panels(len(tasks), figsize=(3.4 * len(tasks), 3.8))
+    for ax, task in zip(axes, tasks):
         for what, style in (("uniform", "--"), ("proportional", ":")):
             r = regret(results, task, what, args)
             if r is not None:
                 ax.axhline(r.mean(), color="#666666", linestyle=style, linewidth=1, label=what)
         ax.axhline(0, color="#222222", linewidth=1, label="best fixed mixture known")
-        for whats, colour, marker, label in [([f"RegMix {n}" for n in REGMIX], "#009E73", "s", "RegMix-style"),
-                                             *(([w], c, m, text) for w, c, m, text in points)]:
-            found = np.array(points_of(whats))
+        for whats, colour, marker, aside, label in lines:
+            found = [(w, regret(results, task, w, args)) for w in whats]
+            found = np.array([(cost_of(w, task, args), r.mean(), r.mean() - r.min(), r.max() - r.mean())
+                              for w, r in found if r is not None])
             if len(found):
-                found[:, 0] *= 1 + 0.08 * max(0, "oX^Dv".find(marker))  # side by side where they cost the same
+                found[:, 0] *= 1 + 0.08 * aside  # side by side where they cost the same
                 ax.errorbar(found[:, 0], found[:, 1], yerr=found[:, 2:].T, color=colour, marker=marker, markersize=6,
                             linewidth=1, capsize=2, label=label)
-        ax.set(title=TITLES[task], xlabel="cost of the search (proxy runs)", xscale="log", xlim=(0.8, 90))
+        ax.set(title=TASKS[task][0], xlabel="cost of the search (proxy runs)", xscale="log", xlim=(0.8, 90))
         ax.set_xticks([1, 2, 4, 8, 16, 32, 64], ["1", "2", "4", "8", "16", "32", "64"], minor=False)
         ax.minorticks_off()
-        ax.spines[["top", "right"]].set_visible(False)
-    axes[0][0].set_ylabel("loss above the best fixed mixture, %")
-    fig.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8, frameon=False)
-    fig.savefig(path)
-    print(f"\nwrote {path}")
+    draw(axes, path, "loss above the best fixed mixture, %")
 
 
 def figure_sensitivity(results, args, path):
@@ -706,39 +591,31 @@ def figure_sensitivity(results, args, path):
     seeds = [s for s in args.seeds if ("numpy", "outer_every 4: last_half_average", s, args.steps, "base") in results]
     if not seeds:
         return
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
 
     def gain(what, seeds):
         uniform, found = (losses(results, "numpy", w, seeds, args.steps) for w in ("uniform", what))
         return [] if found is None else 100 * (found / uniform - 1)
 
-    fig, axes = plt.subplots(1, len(SENSITIVITY), figsize=(14, 3.4), dpi=110, sharey=True, layout="constrained")
+    axes = panels(len(SENSITIVITY), figsize=(14, 3.4), sharey=True)
     best = np.mean([gain(best_fixed(results, "numpy", args, s)[0], [s]) for s in args.seeds])
     for ax, (flag, values) in zip(axes, SENSITIVITY.items()):
         points = ([("FastMix", [s]) for s in args.seeds] if flag == "seed" else
                   [(search_with(flag, v), seeds) for v in values])
-        labels = args.seeds if flag == "seed" else ["mostly noise" if "=" in str(v) else v for v in values]
         for what, marker, colour, label in (("search {}", "x", "#D55E00", "the searching proxy itself"),
                                             ("{}: last_half_average", "o", "#0072B2", "trained at the mixture found")):
             found = [(i, y) for i, (name, at) in enumerate(points) for y in gain(what.format(name), at)]
             ax.plot(*zip(*found), marker, color=colour, markersize=6, label=label, linestyle="none")
         ax.axhline(0, color="#666666", linestyle="--", linewidth=1, label="uniform")
         ax.axhline(best, color="#222222", linewidth=1, label="best fixed mixture known")
-        ax.set_xticks(range(len(points)), labels, fontsize=8, rotation=20 if flag == "start_mixture" else 0)
-        ax.set(title=f"--{flag}", xlim=(-0.6, len(points) - 0.4))
-        ax.title.set_fontsize(9)
-        ax.spines[["top", "right"]].set_visible(False)
-    axes[0].set_ylabel("test loss, % of uniform's")
-    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8, frameon=False)
-    fig.savefig(path)
-    print(f"wrote {path}")
+        ax.set_xticks(range(len(points)), values or args.seeds, fontsize=8)
+        ax.set_title(f"--{flag}", fontsize=9)
+        ax.set_xlim(-0.6, len(points) - 0.4)
+    draw(axes, path, "test loss, % of uniform's")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 
-STAGES = {"compare": compare, "alignments": alignments,
+STAGES = {"compare": compare,
           "stretch": lambda bench, args: use_elsewhere(bench, args, steps=STRETCH * args.steps),
           "transfer": lambda bench, args: use_elsewhere(bench, args, size="large"),
           "sensitivity": sensitivity}
@@ -746,8 +623,10 @@ STAGES = {"compare": compare, "alignments": alignments,
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--work", default="out-bench", help="data, results and figures")
-    p.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    p.add_argument("--work", default="out-bench", type=Path, help="data, results and figures")
+    p.add_argument("--tasks", nargs="+", choices=TASKS, default=[t for t in TASKS if t != "noisy"])
+    p.add_argument("--gpt2_ranks", type=Path, help="gpt2's vocabulary, a .tiktoken file: task bpe takes its first "
+                                                   "4,096 ranks, and is left out without it")
     p.add_argument("--stages", nargs="+", choices=STAGES, default=["compare"])
     p.add_argument("--searches", nargs="+", choices=SEARCHES, default=list(SEARCHES))
     p.add_argument("--seeds", nargs="+", type=int, default=[11, 12, 13, 14, 15],
@@ -764,9 +643,13 @@ def main():
     if args.quick:
         args.tasks, args.seeds, args.steps, args.random, args.best = ["numpy"], [11], 250, 16, 2
         args.searches = ["FastMix", "DoGE"]
-    args.results = args.results or Path(args.work, "results.jsonl")
+    args.results = args.results or args.work / "results.jsonl"
     if not args.table:
-        prepare(Path(args.work, "data"))
+        if "bpe" in args.tasks and not args.gpt2_ranks:
+            print("task bpe is left out: it needs gpt2's vocabulary, --gpt2_ranks FILE")
+            args.tasks.remove("bpe")
+        args.work.mkdir(parents=True, exist_ok=True)
+        prepare(args.work, args.gpt2_ranks if "bpe" in args.tasks else None)
         bench = Bench(args)
         for stage in args.stages:
             STAGES[stage](bench, args)

@@ -1,15 +1,16 @@
 """
 Speed and memory of whole training runs: fastmix.py itself against a plain loop and against K + 1 passes an outer step.
 
-    python tests/bench_speed.py --vocab_sizes 257 --rounds 12 --steps 4       K = 4, 16 and 64: 10 minutes on 2 CPU cores
-    python tests/bench_speed.py --vocab_sizes 50304 --rounds 5 --steps 3      15 minutes
+    python tests/bench_speed.py --vocab_sizes 257 --rounds 12 --steps 4     K = 4, 16 and 64: 10 minutes on 2 CPU cores
+    python tests/bench_speed.py --vocab_sizes 50304 --rounds 5 --steps 4    15 minutes
     python tests/bench_speed.py --device cuda --dtype bfloat16 --compile --n_layer 12 --n_head 12 --n_embd 768 \\
         --block_size 1024 --batch_size 32 --vocab_sizes 50304
 
 Time: all variants take turns in one process, round after round. A variant's turn warms up and then times its steps one
-by one (CUDA: together); tokens/s is from the median step of all rounds, a ratio the median over the rounds of the ratio
-within a round. fastmix.py runs as it is, through its own main(), on synthetic token files, without evaluation. Memory:
-each variant in a process of its own, its peak above what it held before the model was built (CUDA: the allocator's peak).
+by one (CUDA: together), or two by two where every second is an outer step; tokens/s is from the median of all rounds, a
+ratio the median over the rounds of the ratio within a round. fastmix.py runs as it is, through its own main(), on
+synthetic token files, without checkpoints and with next to no evaluation. Memory: each variant in a process of its own,
+its peak above what it held before the model was built (CUDA: the allocator's peak).
 """
 import argparse
 import contextlib
@@ -85,9 +86,9 @@ class Bench:
             torch.cuda.synchronize()
         return time.perf_counter()
 
-    def per_step(self, stamps):
-        """Seconds a step from the times at which steps began, warm-up left out."""
-        taken = np.diff(stamps[self.args.warmup:])
+    def per_step(self, stamps, every=1):
+        """Seconds a step from the times at which steps began, warm-up left out, in groups with one outer step each."""
+        taken = np.diff(stamps[self.args.warmup:]).reshape(-1, every).mean(1)
         return float(np.mean(taken) if self.args.device == "cuda" else np.median(taken))  # CUDA: the last one waits
 
     def plain(self, steps):
@@ -120,41 +121,35 @@ class Bench:
             seconds.append(self.now() - start)
         return float(np.median(seconds[1:]))
 
-    def fastmix(self, K, steps, *flags):
-        """(ii), (iii) seconds a step of fastmix.py: it asks for its learning rate once a step, and then the clock is read."""
+    def fastmix(self, K, steps, *flags, every=1):
+        """(ii), (iii) seconds a step of fastmix.py; the clock is read when it asks for the learning rate of a step."""
         a, stamps, total = self.args, [], self.args.warmup + steps
 
         def learning_rate_at(step, args, ask=fastmix.learning_rate_at):
-            stamps.append(self.now() if step in (a.warmup, total) else time.perf_counter())
+            if step == len(stamps):  # it asks once for each group of parameters
+                stamps.append(self.now() if step in (a.warmup, total) else time.perf_counter())
             return ask(step, args)
         with tempfile.TemporaryDirectory() as out:
             argv = ["fastmix.py", "--data_dir", self.folder, "--sources", ",".join(f"s{k}" for k in range(K)),
                     "--target", "s0", "--out_dir", out, "--max_steps", total + 1, "--log_every", 10**9,
-                    "--eval_every", 10**9, "--eval_tokens", 1, "--test_tokens", 1,
+                    "--eval_tokens", 1, "--outer_every", every,
                     *(x for f in ("device", "dtype", "n_layer", "n_head", "n_embd", "block_size", "batch_size",
                                   "target_batch_size") for x in (f"--{f}", getattr(a, f))),
                     *(["--compile"] if a.compile else []), *flags]
-            with (contextlib.redirect_stdout(Reconfigurable()), mock.patch.object(sys, "argv", list(map(str, argv))),
-                  mock.patch.object(fastmix, "learning_rate_at", learning_rate_at)):
+            with (contextlib.redirect_stdout(io.StringIO()), mock.patch.object(sys, "argv", list(map(str, argv))),
+                  mock.patch.multiple(fastmix, learning_rate_at=learning_rate_at, TEST_TOKENS=1,
+                                      save_checkpoint=lambda *_: None)):
                 fastmix.main()
-        return self.per_step(stamps)
+        return self.per_step(stamps, every)
 
     def variants(self, K):
         """{name: seconds a step}; a name is what the table calls it."""
-        runs = {f"fixed, K = {K}": lambda s: self.fastmix(K, s, "--mixture", "uniform"),
-                f"search, eps 0.25, K = {K}": lambda s: self.fastmix(K, s),
-                f"search, eps 1, K = {K}": lambda s: self.fastmix(K, s, "--uniform_share", 1)}
-        if K == 16:
-            runs[f"search, every 4, K = {K}"] = lambda s: self.fastmix(K, s, "--outer_every", 4)
-        return runs
+        return {f"fixed, K = {K}": lambda s: self.fastmix(K, s, "--mixture", "uniform"),
+                f"search, K = {K}": lambda s: self.fastmix(K, s),
+                f"search, every 2, K = {K}": lambda s: self.fastmix(K, s, every=2)}
 
     def all(self):
         return {"plain": self.plain} | {n: f for K in KS for n, f in self.variants(K).items()}
-
-
-class Reconfigurable(io.StringIO):
-    def reconfigure(self, **_):
-        pass
 
 
 def matmul_peak(device, dtype, n):
@@ -191,13 +186,14 @@ def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--vocab_sizes", type=lambda t: [int(v) for v in t.split(",")], default=[257])
     p.add_argument("--rounds", type=int, default=7)
-    p.add_argument("--steps", type=int, default=0, help="timed steps a turn; 0: as many as take about 4 seconds")
+    p.add_argument("--steps", type=int, default=0, help="timed steps a turn, rounded up to an even number; 0: as many "
+                                                              "as take about 4 seconds")
     p.add_argument("--warmup", type=int, default=2)
     p.add_argument("--device", default="cpu")
     p.add_argument("--dtype", default="float32")
     p.add_argument("--compile", action="store_true")
     for flag, default in (("n_layer", 4), ("n_head", 4), ("n_embd", 256), ("block_size", 128), ("batch_size", 16),
-                          ("target_batch_size", 4)):
+                          ("target_batch_size", 2)):
         p.add_argument("--" + flag, type=int, default=default)
     p.add_argument("--memory_of", help=argparse.SUPPRESS)
     args = p.parse_args()
@@ -218,6 +214,7 @@ def main():
             bench = Bench(args, folder, V)
             variants = bench.all()
             steps = args.steps or max(3, math.ceil(4 / bench.plain(2)))
+            steps += steps % 2
             rows = [{name: run(steps) for name, run in variants.items()} for _ in range(args.rounds)]  # {name: seconds}
             outer = {K: bench.passes(K, 3 if K < 64 else 1) for K in KS}
         tokens = args.batch_size * args.block_size
@@ -229,24 +226,24 @@ def main():
         print(f"{'':26s} {'tokens/s':>9s} {'x plain':>8s} {'x fixed':>8s} {'of peak':>8s} {'peak MB':>8s}")
         for name in variants:
             t = np.array([r[name] for r in rows])
-            fixed = [k for k in variants if k.startswith("fixed") and k.split("K")[1] == name.split("K")[-1]]
+            fixed = f"fixed, {name.rpartition(', ')[2]}"  # with the same K
             to = {"plain": np.median([r["plain"] for r in rows] / t),
-                  "fixed": np.median([r[fixed[0]] for r in rows] / t) if fixed else math.nan}
+                  "fixed": np.median([r[fixed] for r in rows] / t) if fixed in variants else math.nan}
             memory = peak_mb(args, argv, V, name)
             print(f"{name:26s} {tokens / np.median(t):9,.0f} {to['plain']:8.3f} {to['fixed']:8.3f} "
                   f"{flops / np.median(t) / peak:8.2f} {memory:8,.0f}")
         print(f"\n{'an outer step, seconds':26s} {'here':>9s} {'K + 1 passes':>13s} {'ratio':>7s}")
         for K in KS:
-            cost = np.median([r[f"search, eps 0.25, K = {K}"] - r[f"fixed, K = {K}"] for r in rows])
+            cost = np.median([r[f"search, K = {K}"] - r[f"fixed, K = {K}"] for r in rows])
             print(f"{f'K = {K}':26s} {cost:9.4f} {outer[K]:13.4f} {cost / outer[K]:7.3f}", flush=True)
     if 257 in args.vocab_sizes:
         default_model(args)
 
 
 def default_model(args):
-    """Does the number of sources matter, or the size of a file? On the default model, whose steps are short and many."""
+    """What a search costs on the default model, and whether the number of sources or the size of a file matters."""
     small = argparse.Namespace(**vars(args) | {"n_layer": 2, "n_head": 4, "n_embd": 128, "block_size": 64,
-                                               "batch_size": 16, "target_batch_size": 8, "warmup": 10})
+                                               "batch_size": 16, "target_batch_size": 2, "warmup": 10})
     with tempfile.TemporaryDirectory() as folder:
         write_sets(folder, 64, 257)
         write_sets(Path(folder, "large"), 1, 257)
@@ -256,12 +253,14 @@ def default_model(args):
         meta["splits"]["train"]["tokens"] = n
         Path(folder, "large", "s0", "meta.json").write_text(json.dumps(meta))
         bench, large = Bench(small, folder, 257), Bench(small, Path(folder, "large"), 257)
-        rows = [(bench.fastmix(4, 60) - bench.fastmix(4, 60, "--mixture", "uniform"),
-                 bench.fastmix(64, 60) - bench.fastmix(64, 60, "--mixture", "uniform"),
-                 bench.fastmix(1, 60), large.fastmix(1, 60)) for _ in range(args.rounds)]
-    four, many, ordinary, sparse = 1e3 * np.median(rows, axis=0)
-    print(f"\nfastmix.py's default model, V = 257: an outer step costs {four:.2f} ms at K = 4, {many:.2f} ms at K = 64 (x "
-          f"{many / four:.3f}); a step {ordinary:.2f} ms with a train.bin of 400 kB, {sparse:.2f} ms with one of 20 GB")
+        rows = [[*(bench.fastmix(K, 60, *flags) for K in (4, 64) for flags in ((), ("--mixture", "uniform"))),
+                 bench.fastmix(1, 60), large.fastmix(1, 60)] for _ in range(args.rounds)]
+    search_4, fixed_4, search_64, fixed_64, ordinary, sparse = 1e3 * np.array(rows).T
+    print("\nfastmix.py's default model, V = 257")
+    for K, search, fixed in ((4, search_4, fixed_4), (64, search_64, fixed_64)):
+        print(f"K = {K}: an outer step costs {np.median(search - fixed):.2f} ms, a search takes "
+              f"{np.median(search / fixed):.3f} times as long as a fixed mixture")
+    print(f"a step takes {np.median(ordinary):.2f} ms with a train.bin of 400 kB, {np.median(sparse):.2f} with 20 GB")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import multiprocessing.connection
 import os
 import resource
 import runpy
+import signal
 import sys
 import tempfile
 import threading
@@ -18,6 +19,9 @@ def script(argv, cwd, outputs, limit, env):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), fd)
     os.chdir(cwd)
     os.environ.update(env)
+    for number in (signal.SIGTERM, signal.SIGHUP):  # whatever this machine ignores for who runs the tests
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if limit:
         resource.setrlimit(limit[0], (limit[1], limit[1]))
     sys.argv, sys.path[0] = argv, os.path.dirname(argv[0])
@@ -47,12 +51,21 @@ class Child:
         with lock:
             self.process.kill()  # no error where it has ended by itself
 
+    def stdout(self):
+        """What it has written so far."""
+        return self.read(self.outputs[0])
+
+    @staticmethod
+    def read(path):
+        if not os.path.exists(path):
+            return ""
+        with open(path, errors="replace") as f:
+            return f.read()
+
     def communicate(self, timeout=150):
-        """Waits for the end -> stdout, stderr."""
-        multiprocessing.connection.wait([self.process.sentinel], timeout)
-        assert self.poll() is not None, f"{self.process} still runs after {timeout} s"
-        texts = []
-        for path in self.outputs:
-            with open(path, errors="replace") as f:
-                texts.append(f.read())
-        return texts
+        """Waits for the end -> stdout, stderr. Too late an end is a failure, and leaves nothing that runs on."""
+        if not multiprocessing.connection.wait([self.process.sentinel], timeout):
+            self.kill()
+            raise AssertionError(f"{self.process} still runs after {timeout} s")
+        assert self.poll() is not None
+        return [self.read(path) for path in self.outputs]

@@ -10,15 +10,17 @@ import torch
 import torch.nn.functional as F
 
 import prepare_data
-from conftest import TINY, example_set, log_rows, markov, refused, run, write_set
-from fastmix import IGNORE, TokenSet, accuracy, batch_loss, evaluate, gather, target_gradient
-from model import GPT, GPTConfig
+from conftest import TINY, example_set, log_rows, markov, refused, results, run, write_set
+from fastmix import batch_loss, evaluate, target_gradient
+from model import GPT, GPTConfig, accuracy
+from prepare_data import IGNORE, TokenSet, gather
 
 EOT = 256
 RECORDS = {  # schema: (a line's record of example i, its text with the learned parts in brackets)
     "prompt/response": (lambda i: {"prompt": f"say {i}", "response": f"well, {i}", "id": i}, "say {i}\n[well, {i}]"),
     "question/answer": (lambda i: {"question": f"{i} + 1 = ", "answer": str(i + 1)}, "{i} + 1 = [{i1}]"),
-    "instruction/output": (lambda i: {"instruction": f"add {i}", "input": "ü" * (i % 3), "output": f"ï{i}", "text": "no"},
+    "instruction/output": (lambda i: {"instruction": f"add {i}", "input": "ü" * (i % 3), "output": f"ï{i}",
+                                      "text": "no"},
                            "add {i}{input}\n[ï{i}]"),
     "messages": (lambda i: {"messages": [{"role": "user", "content": f"hi {i}"}, {"role": "assistant", "content": "ho"},
                                          {"role": "user", "content": "☃"}, {"role": "assistant", "content": f"{i}"}]},
@@ -41,7 +43,7 @@ def marked(ids, mask, tokenizer):
 
 @pytest.mark.parametrize("schema", RECORDS)
 def test_mask_of_every_token_through_packing(tmp_path, schema):
-    """The prompt is read, the response and its <|endoftext|> are learned; packing loses and cuts no example that fits."""
+    """The prompt is read, the response and its <|endoftext|> are learned; packing loses and cuts none that fits."""
     record, text = RECORDS[schema]
     with open(tmp_path / "qa.jsonl", "w") as f:
         f.writelines(json.dumps(record(i)) + "\n" for i in range(300))
@@ -62,14 +64,18 @@ def test_mask_of_every_token_through_packing(tmp_path, schema):
         # the windows a model sees show each example once and whole, and the same tokens are learned
         seen = []
         x, y = data.windows(split, data.rows[split][0])
-        assert len(x) < len(examples) / 2 and len(x) == data.window_count(split)
-        for row, target in zip(x.numpy(), y.numpy()):
+        assert len(x) < len(examples) / 2 and data.available(split) == len(x) * block_size
+        assert np.array_equal(data.spread(split, 10**9), data.rows[split][0])
+        for row, target in zip(x, y):
             assert ((target == IGNORE) | (target == np.append(row[1:], target[-1]))).all()
             end = np.flatnonzero(target != IGNORE)[-1]
             ids = np.append(row[: end + 1], target[end])
-            seen += marked(ids, np.append(0, target[: end + 1] != IGNORE), tokenizer).replace("|]", "|]\0").split("\0")[:-1]
+            row_text = marked(ids, np.append(0, target[: end + 1] != IGNORE), tokenizer)
+            seen += row_text.replace("|]", "|]\0").split("\0")[:-1]
         assert seen == examples
         assert data.learned[split] == (y != IGNORE).sum() == counts["learned"]
+        assert data.density(split) == (y != IGNORE).mean()
+        assert data.tokens_per_byte(split) == counts["learned"] / counts["learned_bytes"]
         found |= set(examples)
     assert found == expected
 
@@ -104,6 +110,43 @@ def test_long_examples_are_counted_not_hidden(tmp_path):
     assert data.learned["train"] == 5 + 14 + 3 + 5 == (y != IGNORE).sum()
 
 
+def packed_in_a_loop(starts, ends, mask, room):
+    """The reference of TokenSet.pack(), example by example: rows [(start, end)], learned tokens, examples left out."""
+    answer = [next((t for t in range(start, end) if mask[t]), end) for start, end in zip(starts, ends)]
+    usable, rows, i = [a < end and a - start < room for a, start, end in zip(answer, starts, ends)], [], 0
+    while i < len(starts):
+        fitting = int(np.searchsorted(ends, starts[i] + room, side="right"))  # examples before this one fit whole
+        if usable[i]:
+            rows.append((starts[i], ends[fitting - 1] if fitting > i else starts[i] + room))
+        i = max(fitting, i + 1) if usable[i] else i + 1
+    return rows, sum(sum(mask[a + 1: b].tolist()) for a, b in rows), usable.count(False)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_packing_equals_a_loop_over_examples(tmp_path, seed):
+    """Of any shape: learned from the first token on, nowhere, in several turns, prompts and examples too long."""
+    rng = np.random.default_rng(seed)
+    ids, mask, block_size = [], [], int(rng.integers(3, 30))
+    for _ in range(300):
+        turns = rng.integers(0, [2, 4, 12, 60][rng.integers(4)], 2 * rng.integers(1, 4))  # read, learned, read, ...
+        turns[-1] += 1  # no example is empty
+        learned = np.arange(len(turns)) % 2
+        if rng.random() < 0.2:
+            learned = 1 - learned if rng.random() < 0.5 else 0 * learned  # the last id alone, or not even that
+        mask += [*np.repeat(learned, turns), rng.integers(2)]
+        ids += [*rng.integers(0, 9, turns.sum()), 9]
+    splits = dict.fromkeys(("train", "val", "test"), np.uint8(ids))
+    write_set(tmp_path / "d", splits, 10, schema="prompt/response", masks=dict.fromkeys(splits, np.uint8(mask)))
+    data = TokenSet(tmp_path, "d", block_size)
+    starts, ends = data.examples("train")
+    assert len(starts) == len(ends) == 300
+    rows, learned, left_out = packed_in_a_loop(starts.tolist(), ends.tolist(), np.uint8(mask), block_size + 1)
+    assert data.rows["train"].T.tolist() == [list(row) for row in rows]
+    assert data.learned["train"] == learned == (data.windows("train", data.rows["train"][0])[1] != IGNORE).sum()
+    assert data.cut.tolist() == [900, 3 * (ends - starts > block_size + 1).sum(), 3 * left_out]
+    assert 0 < left_out < 300 and len(rows) > 10
+
+
 def model_of(V, T, seed=0):
     torch.manual_seed(seed)
     return GPT(GPTConfig(V, T, 1, 2, 8)).double()
@@ -120,27 +163,28 @@ def test_losses_and_alignments_are_means_over_learned_tokens(tmp_path):
     head = model.lm_head.weight
 
     def by_hand(x, y):  # sum of losses over learned tokens, its gradient at the head, their number
+        x, y = map(torch.as_tensor, (x, y))
         token_loss = F.cross_entropy((model(x) @ head.T).flatten(0, 1), y.flatten().clamp(min=0), reduction="none")
         loss = (token_loss * (y.flatten() != IGNORE)).sum()
         return loss.detach(), torch.autograd.grad(loss, head)[0], (y != IGNORE).sum()
 
     qa = sets[0]
     total, _, n = by_hand(*qa.windows("val", qa.rows["val"][0]))
-    assert math.isclose(evaluate(model, head, qa, "val", 10**6, 3, "cpu"), total / n, rel_tol=1e-9)
-    x, y = gather(sets, "val", np.array([0, 0, 1]), np.array([0.1, 0.6, 0.5]))
+    assert math.isclose(evaluate(model, head, qa, "val", 10**6, 3), total / n, rel_tol=1e-6)  # added up in float32
+    x, y = map(torch.from_numpy, gather(sets, "val", np.array([0, 0, 1]), np.array([0.1, 0.6, 0.5])))
     _, G, n = by_hand(x, y)
-    G_val = target_gradient(model, head, x, y, (y != IGNORE).sum())
+    G_val = target_gradient(model, head, x, y, torch.ones(3).double(), n)
     torch.testing.assert_close(G_val, G / n)
     source = np.array([0, 0, 0, 1])
-    x, y = gather(sets, "train", source, np.array([0.0, 0.3, 0.9, 0.2]))
+    x, y = map(torch.from_numpy, gather(sets, "train", source, np.array([0.0, 0.3, 0.9, 0.2])))
     r = torch.tensor([2.0, 2.0, 2.0, 0.5]).double()
-    loss, token_loss, alignment = batch_loss(model, head, x, y, r, y.numel(), G_val)
-    assert not alignment[y == IGNORE].any() and not token_loss[y == IGNORE].any()
+    loss, token_loss, parts = batch_loss(model, head, x, y, r, y.numel(), G_val, [3 * T, 4 * T])
+    assert not token_loss[y == IGNORE].any()
     expected = 0
     for k in range(2):
         rows = torch.from_numpy(source == k)
         total, g, n = by_hand(x[rows], y[rows])
-        torch.testing.assert_close(alignment[rows].sum() / n, (G_val * g / n).sum())
+        torch.testing.assert_close(parts[k] * y.numel() / (r[rows][0] * n), (G_val * g / n).sum())
         expected += r[rows][0] * total / y.numel()
     torch.testing.assert_close(loss, expected)
 
@@ -170,9 +214,20 @@ def test_accuracy_is_that_of_greedy_decoding(tmp_path):
         mask += [0] * len(prompt) + [1] * (len(answer) + 1)
     write_set(tmp_path / "d", dict.fromkeys(("train", "val", "test"), np.uint8(ids)), V, schema="prompt/response",
               masks=dict.fromkeys(("train", "val", "test"), np.uint8(mask)))
-    share, n = accuracy(model, model.lm_head.weight, TokenSet(tmp_path, "d", T), 10**6, 7, "cpu")
-    assert n == 40 and 2 < sum(right) < 38, sum(right)
-    assert math.isclose(share, sum(right) / 40)
+    data, head = TokenSet(tmp_path, "d", T), model.lm_head.weight
+    found = accuracy(model, head, *data.answers(10**6), 7)
+    assert found["answers"] == 40 and 2 < sum(right) < 38, sum(right)
+    assert math.isclose(found["accuracy"], sum(right) / 40)
+    assert len(data.answers(20 * T)[0]) == 20  # at most so many tokens
+    none = np.zeros((0, T), dtype=np.int64)
+    assert accuracy(model, head, none, none, 7) == {}
+
+
+def test_text_has_no_short_answers(tmp_path):
+    ids = markov(3, 900)
+    write_set(tmp_path / "text", {"train": ids[:300], "val": ids[300:600], "test": ids[600:]}, 65)
+    x, y = TokenSet(tmp_path, "text", 16).answers(10**6)
+    assert x.shape == y.shape == (0, 16)
 
 
 @pytest.fixture(scope="module")
@@ -203,7 +258,7 @@ SEARCH = [*TINY, "--max_steps", 160, "--learning_rate", 1e-2, "--learning_rate_m
 def test_finds_the_source_whose_responses_match(planted):
     def search(seed):
         run("fastmix.py", *SEARCH, "--sources", "answers,asks,same", "--target", "target", "--seed", seed, "--out_dir",
-            f"found-{seed}", "--eval_accuracy", cwd=planted)
+            f"found-{seed}", cwd=planted)
         return json.loads((planted / f"found-{seed}" / "mixture.json").read_text())
     with ThreadPoolExecutor(2) as pool:
         for result in pool.map(search, (0, 1)):
@@ -214,21 +269,33 @@ def test_finds_the_source_whose_responses_match(planted):
 def test_text_and_examples_mix(planted):
     stdout = run("fastmix.py", *SEARCH, "--max_steps", 20, "--sources", "text,asks", "--target", "target", "--out_dir",
                  "mixed", cwd=planted)
-    assert "nats a learned token" in stdout
+    assert "nats a learned token" in stdout and "short answers right" in stdout
+    result = json.loads((planted / "mixed" / "mixture.json").read_text())
+    assert result["targets"]["target"]["learned_only"]
 
 
 def test_masks_of_ones_change_no_bit(planted):
     flags = [*TINY, "--max_steps", 20, "--sources", "a,b", "--target", "a", "--out_dir", "bits"]
     for folder in (planted, planted / "ones"):
         run("fastmix.py", *flags, cwd=folder)
-    plain, ones = (torch.load(f / "bits" / "ckpt.pt", weights_only=True) for f in (planted, planted / "ones"))
-    for name, tensor in plain["model"].items():
-        assert torch.equal(tensor, ones["model"][name])
-    for mine, theirs in zip(plain["tensors"], ones["tensors"]):
-        assert torch.equal(mine, theirs)
-    rows = [[{k: v for k, v in r.items() if k != "seconds"} for r in log_rows(f / "bits")]
-            for f in (planted, planted / "ones")]
-    assert rows[0] == rows[1]
+    (rows, _, plain), (rows_ones, _, ones) = (results(f / "bits") for f in (planted, planted / "ones"))
+    assert plain.keys() == ones.keys() and rows == rows_ones
+    for name, value in plain.items():
+        assert torch.equal(value, ones[name]) if torch.is_tensor(value) else value == ones[name], name
+
+
+def test_several_targets_with_and_without_masks(planted):
+    """Each counts the same in the loss that is reported, too."""
+    run("fastmix.py", *TINY, "--max_steps", 20, "--sources", "answers,text", "--target", "target,text", "--out_dir",
+        "targets", cwd=planted)
+    result = json.loads((planted / "targets" / "mixture.json").read_text())
+    for row in log_rows(planted / "targets"):
+        assert list(row["target_losses"]) == ["target", "text"]
+        assert math.isclose(row["target_val_loss"], sum(row["target_losses"].values()) / 2)
+    for key in ("test_loss", "test_bits_per_byte"):
+        assert math.isclose(result[key], sum(t[key] for t in result["targets"].values()) / 2)
+    assert "accuracy" in result["targets"]["target"] and "accuracy" not in result["targets"]["text"]
+    assert [t["learned_only"] for t in result["targets"].values()] == [True, False]
 
 
 def test_a_source_without_a_learned_token_in_the_batch_is_absent(planted):
@@ -251,37 +318,36 @@ def test_init_from(planted):
         cwd=planted)
     base = torch.load(planted / "base" / "ckpt.pt", weights_only=True)["model"]
     flags = ["--init_from", "base/ckpt.pt", *small, "--sources", "answers,asks", "--target", "target", "--max_steps", 4]
-    stdout = run("fastmix.py", *flags, "--learning_rate", 0, "--min_lr", 0, "--learning_rate_mixture", 0,
-                 "--eval_accuracy", "--out_dir", "still", cwd=planted)
+    run("fastmix.py", *flags, "--learning_rate", 0, "--learning_rate_mixture", 0, "--out_dir", "still", cwd=planted)
     still = torch.load(planted / "still" / "ckpt.pt", weights_only=True)
     assert all(torch.equal(t, base[n]) for n, t in still["model"].items())
     result = json.loads((planted / "still" / "mixture.json").read_text())
-    assert result["before"] == result["targets"] and "before training" in stdout
+    assert result["before"] == {"target": result["targets"]["target"]["val_loss"]}
     assert list(result["mixture"].values()) == [0.5, 0.5]
     run("fastmix.py", *flags, "--out_dir", "tuned", "--block_size", 32, cwd=planted)
     run("fastmix.py", "--resume", "--out_dir", "tuned", cwd=planted)
     result = json.loads((planted / "tuned" / "mixture.json").read_text())
-    assert result["before"]["target"]["test_loss"] != result["test_loss"] and result["settings"]["n_layer"] == 1
+    assert result["before"]["target"] != result["targets"]["target"]["val_loss"]
+    assert result["settings"]["n_layer"] == 1 and result["settings"]["block_size"] == 32
 
     write_set(planted / "data" / "other", {s: markov(1, 900) for s in ("train", "val", "test")}, 65, tokenizer="gpt2")
     (planted / "text.pt").write_text("no checkpoint")
     torch.save({"model": base}, planted / "weights.pt")
     torch.save({**torch.load(planted / "base" / "ckpt.pt", weights_only=True), "model": {"x": torch.ones(1)}},
                planted / "strange.pt")
-    torch.save({"args": {}, "step": 1}, planted / "tuned" / "ckpt.pt")
     cases = [
         (["--n_layer", 3], "base/ckpt.pt has --n_layer 1, not 3; leave the flag out"),
         (["--sources", "other", "--target", "other"], "trained with the tokenizer synthetic", "prepared with gpt2"),
         (["--init_from", "gone.pt"], "gone.pt: no checkpoint there"),
         (["--init_from", "text.pt"], "text.pt cannot be read as a checkpoint"),
         (["--init_from", "weights.pt"], "weights.pt is not a checkpoint of this fastmix.py (it lacks args, config"),
-        (["--init_from", "strange.pt"], "strange.pt: its weights do not fit its settings"),
+        (["--init_from", "strange.pt"], "strange.pt: its contents do not fit its settings"),
     ]
     with ThreadPoolExecutor(2) as pool:
         lines = pool.map(lambda case: refused("fastmix.py", *flags, "--out_dir", "new", *case[0], cwd=planted), cases)
         for (_, *parts), line in zip(cases, lines):
             assert all(part in line for part in parts), line
-    assert "not a checkpoint of this fastmix.py" in refused("fastmix.py", "--resume", "--out_dir", "tuned", cwd=planted)
+    assert not (planted / "new").exists()
 
 
 def test_bad_masks(planted):
@@ -310,7 +376,8 @@ def test_bad_examples(tmp_path):
         "text": ('{"text": "plain"}', "text.jsonl, line 120: it is of the schema text", "prompt/response; prepare"),
         "chat": ('{"messages": [{"role": "assistant", "content": "x"}]}', "chat.jsonl, line 120: it is of the schema"),
         "mute": ('{"messages": [{"role": "user", "content": "x"}]}', "mute.jsonl, line 120", "no assistant turn"),
-        "turn": ('{"messages": [{"role": "assistant", "content": ""}]}', "line 120: the assistant's turn 1", "is empty"),
+        "turn": ('{"messages": [{"role": "assistant", "content": ""}]}', "line 120: the assistant's turn 1",
+                 "is empty"),
         "turns": ('{"messages": "hello"}', "turns.jsonl, line 120: 'messages' must be a list"),
     }
     for name, (line, *_) in cases.items():

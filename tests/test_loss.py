@@ -1,13 +1,16 @@
-"""The fused weighted cross-entropy and the alignments against autograd in float64."""
+"""(1) and (2) of fastmix.py: the fused weighted cross-entropy and the alignments, against autograd in float64."""
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from fastmix import (IGNORE, batch_loss, full_alignment, full_target_gradient, fused_cross_entropy, head_pass,
-                     target_gradient)
+import fastmix
+from fastmix import IGNORE, batch_loss, fused_cross_entropy, in_adamw_units, loss_weights, target_gradient
 from model import GPT, GPTConfig
 
 N, V, C = 23, 17, 6
+ENDS = [5, 5, 16, 23]  # four sources, the second without a token
 
 
 def inputs(seed=0, dtype=torch.float64):
@@ -28,16 +31,19 @@ def plain_loss(hidden, weight, targets, r):
 
 @pytest.mark.parametrize("chunk", [1, 4, 7, N, 100, None])
 @pytest.mark.parametrize("grad_out", [1.0, -2.5])
-def test_loss_and_gradients_equal_plain(chunk, grad_out):
+@pytest.mark.parametrize("ends", [None, ENDS])
+def test_loss_and_gradients_equal_plain(chunk, grad_out, ends):
+    """Whatever is asked for beside them: parts of the gradient by source change neither the loss nor the gradient."""
     hidden, weight, targets, r = inputs()
     r.requires_grad_()
+    G = None if ends is None else torch.randn(V, C, dtype=torch.float64)
     expected, expected_tokens = plain_loss(hidden, weight, targets, r)
     expected_grads = torch.autograd.grad(expected * grad_out, (hidden, weight, r))
-    loss, token_loss, alignment = fused_cross_entropy(hidden, weight, targets, r, chunk=chunk)
+    loss, token_loss, parts = fused_cross_entropy(hidden, weight, targets, r, PG=G, ends=ends, chunk=chunk)
     grads = torch.autograd.grad(loss * grad_out, (hidden, weight, r))
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(token_loss, expected_tokens.detach())
-    assert alignment is None and not token_loss.requires_grad
+    assert not token_loss.requires_grad and not parts.requires_grad and parts.shape == (len(ends or [N]),)
     for got, want in zip(grads, expected_grads):
         torch.testing.assert_close(got, want)
 
@@ -51,7 +57,7 @@ def test_without_weights_it_is_the_mean():
 def test_gradcheck():
     hidden, weight, targets, r = inputs()
     r.requires_grad_()
-    assert torch.autograd.gradcheck(lambda h, w, r: fused_cross_entropy(h, w, targets, r, chunk=7)[0],
+    assert torch.autograd.gradcheck(lambda h, w, r: fused_cross_entropy(h, w, targets, r, ends=ENDS, chunk=7)[0],
                                     (hidden, weight, r))
 
 
@@ -66,8 +72,9 @@ def test_nothing_learned_is_nan_as_in_torch():
     hidden, weight, targets, r = inputs()
     nothing = torch.full_like(targets, IGNORE)
     assert fused_cross_entropy(hidden, weight, nothing)[0].isnan()
-    loss = fused_cross_entropy(hidden, weight, nothing, r, divisor=N)[0]  # a sum over nothing is 0, and so its gradient
-    assert loss == 0 and not torch.autograd.grad(loss, hidden)[0].any()
+    loss, _, parts = fused_cross_entropy(hidden, weight, nothing, r, N, torch.ones_like(weight), ENDS)
+    assert loss == 0 and not parts.any()  # a sum over nothing is 0, and so its gradient
+    assert not any(g.any() for g in torch.autograd.grad(loss, (hidden, weight)))
 
 
 def test_large_logits_do_not_overflow():
@@ -98,77 +105,183 @@ def test_log_sum_exp_is_float32_under_bfloat16():
     torch.testing.assert_close(loss, torch.tensor(4096.0).log())
 
 
-@pytest.mark.parametrize("chunk", [3, None])
-def test_alignment_of_each_token(chunk):
-    """<G_val, gradient of token t's loss at the head>, one backward pass per token as the reference."""
+def test_computes_only_what_is_asked(monkeypatch):
+    """Matmuls of a walk in one chunk: the logits, and one more for each of the two gradients that is wanted."""
     hidden, weight, targets, r = inputs()
-    G_val = torch.randn(V, C, dtype=torch.float64)
-    _, _, alignment = fused_cross_entropy(hidden, weight, targets, r, G_val, chunk)
+    shapes, mm = [], torch.mm
+    monkeypatch.setattr(torch, "mm", lambda a, b, out=None: shapes.append((len(a), b.shape[1])) or mm(a, b, out=out))
+    with torch.no_grad():
+        fused_cross_entropy(hidden, weight, targets, r)
+    assert shapes == [(N, V)]  # an evaluation forms no gradient
+    loss, _, _ = fused_cross_entropy(hidden.detach(), weight, targets, r, chunk=N)
+    assert shapes[1:] == [(N, V), (V, C)]  # nor does the target's gradient at the head go through the model
+    torch.testing.assert_close(torch.autograd.grad(loss, weight)[0],
+                               torch.autograd.grad(plain_loss(hidden, weight, targets, r)[0], weight)[0])
+    loss, _, _ = fused_cross_entropy(hidden, weight.detach(), targets, r, chunk=N)
+    torch.testing.assert_close(torch.autograd.grad(loss, hidden)[0],
+                               torch.autograd.grad(plain_loss(hidden, weight, targets, r)[0], hidden)[0])
+    assert shapes[3:] == [(N, V)]
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 6, None])
+def test_parts_equal_a_backward_pass_of_each_token(chunk):
+    """sum_t coef_t <G, gradient of token t's loss at the head> over each source's tokens."""
+    hidden, weight, targets, r = inputs()
+    G = torch.randn(V, C, dtype=torch.float64)
+    _, _, parts = fused_cross_entropy(hidden, weight, targets, r, divisor=7, PG=G, ends=ENDS, chunk=chunk)
     token_loss = plain_loss(hidden, weight, targets, r)[1]
-    for t in range(N):
-        (g,) = torch.autograd.grad(token_loss[t], weight, retain_graph=True)
-        torch.testing.assert_close(alignment[t], (G_val * g).sum())
+    tokens = torch.stack([r[t] / 7 * (G * torch.autograd.grad(token_loss[t], weight, retain_graph=True)[0]).sum()
+                          for t in range(N)])
+    torch.testing.assert_close(parts, torch.stack([part.sum() for part in tokens.tensor_split(ENDS[:-1])]).detach())
+    assert parts[1] == 0 and (parts[[0, 2, 3]] != 0).all()
 
 
-def test_alignments_of_sources_equal_explicit_backward_passes():
-    """On a real model: A_k from the training pass against one backward pass per source and one for the target."""
-    K, B, T = 3, 7, 8
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(V, T, 2, 2, 8)).double()
-    head = model.lm_head.weight
-    x, y = torch.randint(0, V, (2, B, T))
-    target_x, target_y = torch.randint(0, V, (2, 4, T))
-    source = torch.tensor([0, 0, 1, 1, 1, 2, 2])
-    r = torch.rand(B).double() + 0.5
-    G_val = target_gradient(model, head, target_x, target_y, target_y.numel())
-    assert head.grad is None and not G_val.requires_grad
+# ---- alignments of sources on a model, as main() computes them
 
-    def head_gradient(x, y):
-        return torch.autograd.grad(F.cross_entropy((model(x) @ head.T).flatten(0, 1), y.flatten()), head)[0]
-    g_val = head_gradient(target_x, target_y)
-    torch.testing.assert_close(G_val, g_val)
-    loss, token_loss, alignment = batch_loss(model, head, x, y, r, B * T, G_val)
-    for k in range(K):
-        rows = source == k
-        torch.testing.assert_close(alignment[rows].mean(), (g_val * head_gradient(x[rows], y[rows])).sum())
-    torch.testing.assert_close(loss, (r[:, None] * token_loss).sum() / (B * T))
+K, B, T = 4, 12, 8
+SEQUENCES = torch.tensor([0] * 2 + [1] * 7 + [3] * 3)  # the source of each; source 2 is absent
+ALPHA_LOGITS = {"even": [0.0, 0.4, -0.3, 0.2], "at the floor": [-18.0, 0.0, 0.5, -17.5]}
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 0.005), (torch.float32, 0.02)])
-def test_alignments_over_all_parameters_equal_explicit_backward_passes(dtype, tolerance):
-    """The finite difference of --alignment all against one backward pass per source, with masked tokens."""
-    K, B, T = 3, 9, 8
+def gpt(dtype=torch.float64):
     torch.manual_seed(0)
     model = GPT(GPTConfig(V, T, 2, 2, 8)).to(dtype)
     with torch.no_grad():
         for p in model.parameters():  # away from the start, where all gradients are alike
             p += 0.3 * torch.randn_like(p)
-    x, y = torch.randint(0, V, (2, B, T))
-    target_x, target_y = torch.randint(0, V, (2, 4, T))
-    y[:, ::3] = target_y[:, 5] = IGNORE
-    before = [p.clone() for p in model.parameters()]
-
-    def gradient(x, y):
-        logits = model(x) @ model.lm_head.weight.T
-        return torch.autograd.grad(F.cross_entropy(logits.flatten(0, 1), y.flatten(), ignore_index=IGNORE),
-                                   list(model.parameters()))
-    g_val = full_target_gradient(model, target_x, target_y, (target_y != IGNORE).sum())
-    expected_g_val = gradient(target_x, target_y)
-    for got, want in zip(g_val.values(), expected_g_val):
-        torch.testing.assert_close(got, want)
-    _, token_loss, _ = batch_loss(model, model.lm_head.weight, x, y, torch.ones(B, dtype=dtype), B * T)
-    alignment = full_alignment(model, x, y, token_loss, g_val)
-    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters())) and (alignment[y == IGNORE] == 0).all()
-    got, want = torch.empty(2, K, dtype=dtype)
-    for k in range(K):
-        rows = slice(3 * k, 3 * k + 3)
-        got[k] = alignment[rows].sum() / (y[rows] != IGNORE).sum()
-        want[k] = sum((a * b).sum() for a, b in zip(expected_g_val, gradient(x[rows], y[rows])))
-    assert (got - want).abs().max() < tolerance * want.abs().max(), (got, want)
-    assert want.abs().min() > 0.01 * want.abs().max()  # none is a mere zero
+    return model
 
 
-def test_head_pass_computes_only_what_is_asked():
-    hidden, weight, targets, _ = inputs()
-    _, alignment, grad_h, grad_W = head_pass(hidden.detach(), weight.detach(), targets)
-    assert alignment is None and grad_h is None and grad_W is None
+def batch(masked):
+    """x, y (B, T) of the sources above; with masks, a fifth to all of a source's tokens are learned."""
+    g = torch.Generator().manual_seed(1)
+    x, y = torch.randint(0, V, (2, B, T), generator=g)
+    if masked:
+        y[SEQUENCES == 0, ::3] = y[SEQUENCES == 1, 1:6] = IGNORE
+        y[4] = IGNORE  # a sequence that teaches nothing
+    return x, y
+
+
+def alignments(model, x, y, weights, G, grad_accum):
+    """(K,), NaN where a source is absent: the loop's inner step and the first line of its outer step."""
+    parts, learned = torch.zeros(2, K, dtype=torch.float64)
+    for micro in range(grad_accum):
+        m = slice(micro, None, grad_accum)
+        ends = (torch.bincount(SEQUENCES[m], minlength=K).cumsum(0) * T).tolist()
+        loss, _, part = batch_loss(model, model.lm_head.weight, x[m], y[m], weights[SEQUENCES[m]], B * T, G, ends)
+        loss.backward()
+        parts += part
+        learned.index_add_(0, SEQUENCES[m], (y[m] != IGNORE).double().sum(1))
+    return parts * (B * T) / (weights * learned)
+
+
+def explicit(model, x, y, G):
+    """(K,) by a backward pass for each source: the product of G with the gradient of its mean loss at the head."""
+    A, sizes = torch.full((2, K), torch.nan, dtype=torch.float64)
+    for k in SEQUENCES.unique():
+        logits = model(x[SEQUENCES == k]) @ model.lm_head.weight.T
+        loss = F.cross_entropy(logits.flatten(0, 1), y[SEQUENCES == k].flatten(), ignore_index=IGNORE)
+        (g,) = torch.autograd.grad(loss, model.lm_head.weight)
+        A[k], sizes[k] = (G * g).sum(), G.norm() * g.norm()
+    return A, sizes
+
+
+def trained(model):
+    """An AdamW optimizer that has taken some steps on the model, and the v that its gradients at the head make."""
+    optimizer, v = model.configure_optimizer(1e-3, 0.1, (0.9, 0.95), fused=False), 0
+    for seed in range(4):
+        x = torch.randint(0, V, (2, T), generator=torch.Generator().manual_seed(seed))
+        F.cross_entropy((model(x) @ model.lm_head.weight.T).flatten(0, 1), x.flatten()).backward()
+        v = 0.95 * v + 0.05 * model.lm_head.weight.grad**2
+        optimizer.step()
+        optimizer.zero_grad()
+    return optimizer, v
+
+
+def loss_weights_of(mixture, masked):
+    z = torch.tensor(ALPHA_LOGITS[mixture], dtype=torch.float64)
+    alpha = torch.softmax(z - z.max(), 0)
+    density = torch.tensor([0.6, 0.3, 1.0, 1.0] if masked else [1.0] * K, dtype=torch.float64)
+    return loss_weights(alpha, 0.75 * alpha + 0.25 / K, density)
+
+
+@pytest.mark.parametrize("chunk", [1, 5, None])  # 5 straddles sequences and the ends of sources
+@pytest.mark.parametrize("grad_accum", [1, 2])
+@pytest.mark.parametrize("units", ["gradient", "adamw"])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("mixture", ALPHA_LOGITS)
+def test_alignments_of_sources_equal_explicit_backward_passes(monkeypatch, mixture, masked, units, grad_accum, chunk):
+    monkeypatch.setattr(fastmix, "fused_cross_entropy", functools.partial(fused_cross_entropy, chunk=chunk))
+    model = gpt()
+    G = torch.randn(V, C + 2, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    expected_G = G
+    if units == "adamw":
+        optimizer, v = trained(model)
+        G, expected_G = in_adamw_units(G, model.lm_head.weight, optimizer), G / (v.sqrt() + 0.1 * v.sqrt().mean())
+    x, y = batch(masked)
+    weights = loss_weights_of(mixture, masked)
+    assert mixture == "even" or weights[0] < 1e-6
+    A = alignments(model, x, y, weights, G, grad_accum)
+    expected, sizes = explicit(model, x, y, expected_G)
+    torch.testing.assert_close(A, expected, equal_nan=True)
+    assert A.isnan().tolist() == [False, False, True, False]
+    assert (expected.abs() > 1e-3 * sizes)[~A.isnan()].all()  # none is a mere zero
+
+
+@pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-5), ("bfloat16", 0.02)])
+@pytest.mark.parametrize("mixture", ALPHA_LOGITS)
+def test_alignments_survive_rounding(mixture, dtype, tolerance):
+    """Even of a source whose weight is at the floor, against float64; in units of the norms that are multiplied."""
+    x, y = batch(masked=True)
+    G = torch.randn(V, C + 2, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    expected, sizes = explicit(gpt(), x, y, G)
+    weights = loss_weights_of(mixture, True).float()
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
+        A = alignments(gpt().float(), x, y, weights, G.float(), 2)
+    known = ~expected.isnan()
+    assert ((A - expected).abs() < tolerance * sizes)[known].all(), (A, expected, sizes)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_small_gradients_at_the_floor_do_not_underflow(dtype):
+    """A long run's step: 2^20 tokens in it, so that a source at the floor has coefficients of 1e-15."""
+    hidden, weight, targets, _ = inputs(dtype=torch.float32)
+    G = torch.randn(V, C)
+    coef = torch.where(torch.arange(N) < ENDS[0], 1.5e-8 / 2**20, 1.0 / 2**20)
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
+        parts = fused_cross_entropy(hidden, weight, targets, coef, 1, G, ENDS)[2] / coef[[0, 0, -1, -1]]
+        expected = fused_cross_entropy(hidden, weight, targets, torch.ones(N), 1, G, ENDS)[2]
+    torch.testing.assert_close(parts, expected, rtol=0.02 if dtype == "bfloat16" else 1e-5, atol=0)
+
+
+def test_target_gradient_equals_autograd():
+    """Weighted by sequence and masked; nothing is left on the parameters, and no gradient goes through the model."""
+    model = gpt()
+    head = model.lm_head.weight
+    x, y = batch(masked=True)
+    r = torch.rand(B, dtype=torch.float64) + 0.5
+    G = target_gradient(model, head, x, y, r, B * T)
+    token_loss = F.cross_entropy((model(x) @ head.T).flatten(0, 1), y.flatten(), ignore_index=IGNORE, reduction="none")
+    expected = torch.autograd.grad((r[:, None] * token_loss.view(B, T)).sum() / (B * T), head)[0]
+    torch.testing.assert_close(G, expected)
+    assert not G.requires_grad and all(p.grad is None for p in model.parameters())
+
+
+def test_adamw_units_are_those_of_its_step():
+    """Without momentum and decay AdamW moves each weight by learning rate x g / sqrt(v): P g up to the floor."""
+    model = gpt()
+    head = model.lm_head.weight
+    G = torch.randn(V, C + 2, dtype=torch.float64)
+    optimizer = model.configure_optimizer(1e-3, 0.0, (0.0, 0.95), fused=True)
+    torch.testing.assert_close(in_adamw_units(G, head, optimizer), G / 1.1)  # before its first step: all count alike
+    before = head.detach().clone()
+    head.grad = torch.randn(V, C + 2, dtype=torch.float64)
+    head.grad[3] = 0  # a token that has not turned up yet
+    optimizer.step()
+    rows = torch.arange(V) != 3
+    step = (before - head.detach()) / 1e-3  # g / sqrt(v), v corrected for its start at 0
+    v = 0.05 * head.grad**2
+    floor = 0.1 * v.sqrt().mean()
+    scaled = in_adamw_units(G, head, optimizer)
+    torch.testing.assert_close(scaled[rows], (G / (head.grad / step * 0.05**0.5 + floor))[rows], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(scaled[3], G[3] / floor)

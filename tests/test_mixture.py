@@ -1,14 +1,16 @@
-"""Sampling, the equivalence of weights and sampling, and the mixture's gradient, against enumeration and differences."""
+"""(1) and (3) of fastmix.py: draws, weights, and the mixture's step, against enumeration, differences and autograd."""
 import itertools
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-from fastmix import (IGNORE, alignment_scale, batch_loss, draw, entropy_gradient, fused_cross_entropy, gather,
-                     head_pass, loss_weights, mixture_gradient, mixture_step)
+import fastmix
+from fastmix import (IGNORE, batch_loss, draw, draw_batch, fused_cross_entropy, gather, in_adamw_units, loss_weights,
+                     mixture_step, per_drawn_token, target_gradient)
 from model import GPT, GPTConfig
 
 
@@ -19,39 +21,84 @@ def offsets(q, n):
     return list(zip((breaks[1:] + breaks[:-1]) / 2, np.diff(breaks)))
 
 
+def orders(K):
+    """Every order of K sources or, where that is too many, some."""
+    rng = np.random.default_rng(0)
+    return map(np.array, itertools.permutations(range(K))) if K < 5 else [rng.permutation(K) for _ in range(5)]
+
+
 @pytest.mark.parametrize("q", [[0.5, 0.5], [0.7, 0.2, 0.06, 0.04], [1.0, 0.0, 0.0], [1 / 3] * 3, [0.01] * 100])
-@pytest.mark.parametrize("n", [1, 8, 33])
+@pytest.mark.parametrize("n", [1, 2, 8, 33])
 def test_systematic_draw_is_unbiased_and_within_one(q, n):
-    expected = np.zeros(len(q))
-    for offset, length in offsets(q, n):
-        count = np.bincount(draw(np.array(q), np.append(offset, np.zeros(n))), minlength=len(q))
-        assert (count >= np.floor(np.array(q) * n - 1e-9)).all() and (count <= np.ceil(np.array(q) * n + 1e-9)).all()
-        expected += length * count
-    np.testing.assert_allclose(expected, np.array(q) / sum(q) * n, atol=1e-9)
+    q = np.array(q)
+    for order in orders(len(q)):
+        expected = np.zeros(len(q))
+        for offset, length in offsets(q[order], n):
+            source = draw(q, n, offset, order)
+            count = np.bincount(source, minlength=len(q))
+            assert len(source) == n and (np.diff(source) >= 0).all()
+            assert (count >= np.floor(q * n - 1e-9)).all() and (count <= np.ceil(q * n + 1e-9)).all()
+            expected += length * count
+        np.testing.assert_allclose(expected, q / q.sum() * n, atol=1e-9)
 
 
 def test_draw_at_the_edges():
-    u = np.zeros(9)
-    u[0] = np.nextafter(1.0, 0.0)
-    assert draw(np.array([0.1] * 10), u).max() < 10
+    for order in orders(10):
+        for q in ([0.1] * 10, [0.7] * 10):  # sums that rounding keeps off a whole number
+            source = draw(np.array(q), 8, np.nextafter(1.0, 0.0), order)
+            assert source.min() >= 0 and source.max() < 10
+    assert draw(np.array([0.0, 1.0, 0.0]), 4, 0.0, np.arange(3)).tolist() == [1] * 4  # no share, no sequence
+
+
+def test_every_pair_of_sources_meets():
+    """2 sequences of 4 sources, over every order and offset: each pair as often as any other, none with itself."""
+    q, together = np.full(4, 0.25), np.zeros((4, 4))
+    for order in orders(4):
+        for offset, length in offsets(q, 2):
+            a, b = draw(q, 2, offset, order)
+            together[a, b] += length / math.factorial(4)
+    np.testing.assert_allclose(together, np.triu(np.full((4, 4), 1 / 6), 1), atol=1e-12)
+    # and in what a run draws, where sources count unequally too
+    sets = [Windows(k, 4, 7) for k in range(4)]
+    for q in ([0.25] * 4, [0.4, 0.3, 0.2, 0.1]):
+        found = {tuple(draw_batch(sets, "train", q, 2, np.random.default_rng((0, step, 0)))[0]) for step in range(300)}
+        assert set(itertools.combinations(range(4), 2)) <= found
 
 
 class Windows:
-    """A source of exactly two windows of length T; every `unlearned`-th target is masked."""
+    """A set of exactly two windows of length T; every `unlearned`-th target is masked."""
 
     def __init__(self, seed, T, vocab_size, unlearned=None):
         self.ids = torch.randint(0, vocab_size, (T + 2,), generator=torch.Generator().manual_seed(seed)).numpy()
         self.mask, self.block_size = np.ones(T + 2, dtype=bool), T
         if unlearned:
             self.mask[::unlearned] = False
-        self.density = self.windows("train", np.arange(2))[1].ne(IGNORE).double().mean().item()
+
+    def density(self, split):
+        return (self.windows(split, np.arange(2))[1] != IGNORE).mean()
 
     def at_fraction(self, split, u):
         return (u * 2).astype(int)
 
     def windows(self, split, start):
         at = start[:, None] + np.arange(self.block_size + 1)
-        return torch.from_numpy(self.ids[at][:, :-1]), torch.from_numpy(np.where(self.mask, self.ids, IGNORE)[at][:, 1:])
+        return self.ids[at][:, :-1], np.where(self.mask, self.ids, IGNORE)[at][:, 1:]
+
+
+def whole(sets, k):
+    """Both windows of a set: x, y (2, T)."""
+    return map(torch.from_numpy, gather(sets, "train", np.array([k, k]), np.array([0.25, 0.75])))
+
+
+def draws(sets, q, n):
+    """Every draw of n sequences that draw_batch() can make: (probability, set of each (n,), x, y)."""
+    for order in orders(len(q)):
+        for offset, length in offsets(np.asarray(q)[order], n):
+            for places in itertools.product([0.25, 0.75], repeat=n):
+                rng = SimpleNamespace(permutation=lambda K: order,
+                                      random=lambda n=None: np.array(places) if n else offset)
+                _, k, x, y = draw_batch(sets, "train", q, n, rng)
+                yield length / 2**n / math.factorial(len(q)), k, x, y
 
 
 @pytest.mark.parametrize("unlearned", [(None, None, None), (None, 2, 3)])
@@ -59,9 +106,9 @@ class Windows:
 @pytest.mark.parametrize("eps", [0.0, 0.25, 1.0])
 def test_expected_gradient_is_the_mixtures(eps, known, unlearned):
     """
-    Formula (1) by enumeration of every offset and every window of a batch: E[gradient] = sum_k beta_k g_k, g_k the
+    Formula (1) by enumeration of every order, offset and window of a batch: E[gradient] = sum_k beta_k g_k, g_k the
     gradient of source k's mean loss over its learned tokens; where all tokens are learned, beta is alpha. The mixture
-    that sequences are drawn by may be an old one.
+    that sequences are drawn by may be another one.
     """
     K, B, T, V = 3, 3, 4, 7
     torch.manual_seed(0)
@@ -69,7 +116,7 @@ def test_expected_gradient_is_the_mixtures(eps, known, unlearned):
     head, params = model.lm_head.weight, list(model.parameters())
     sets = [Windows(k, T, V, unlearned[k]) for k in range(K)]
     alpha = torch.tensor([0.62, 0.27, 0.11], dtype=torch.float64)
-    density = torch.tensor([s.density for s in sets], dtype=torch.float64)
+    density = torch.tensor([s.density("train") for s in sets], dtype=torch.float64)
     q = (1 - eps) * torch.tensor(known, dtype=torch.float64) + eps / K
     weights = loss_weights(alpha, q, density)
     beta = alpha * density / (alpha * density).sum()
@@ -81,93 +128,168 @@ def test_expected_gradient_is_the_mixtures(eps, known, unlearned):
 
     exact = 0
     for k in range(K):
-        x, y = gather(sets, "train", np.array([k, k]), np.array([0.25, 0.75]))
+        x, y = whole(sets, k)
         loss = F.cross_entropy((model(x) @ head.T).flatten(0, 1), y.flatten(), ignore_index=IGNORE)
         exact = exact + beta[k] * flat(loss)
+    # the gradient is linear in the loss, so that one of the expected loss does
+    expected = sum(p * batch_loss(model, head, x, y, weights[k], y.numel())[0] for p, k, x, y in draws(sets, q, B))
+    torch.testing.assert_close(flat(expected), exact)
+
+
+@pytest.mark.parametrize("unlearned", [(None, None), (None, 2), (3, 1)])
+def test_each_target_counts_equally_however_dense_its_mask(unlearned):
+    """By enumeration: E[the target's gradient as main() takes it] is the mean of the targets' gradients, all means."""
+    T, V, n = 5, 7, 2
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(V, T, 1, 1, 4)).double()
+    head = model.lm_head.weight
+    targets = [Windows(k, T, V, u) for k, u in enumerate(unlearned)]
+    if unlearned == (3, 1):
+        targets[1].mask[3] = True  # one learned token in all
+    exact = 0
+    for k in range(2):
+        x, y = whole(targets, k)
+        loss = F.cross_entropy((model(x) @ head.T).flatten(0, 1), y.flatten(), ignore_index=IGNORE)
+        exact = exact + torch.autograd.grad(loss, head)[0] / 2
     expected = 0
-    for offset, length in offsets(q.numpy(), B):
-        for places in itertools.product([0.25, 0.75], repeat=B):
-            source = draw(q.numpy(), np.array([offset, *places]))
-            x, y = gather(sets, "train", source, np.array(places))
-            r = weights[torch.from_numpy(source)]
-            expected = expected + length / 2**B * flat(batch_loss(model, head, x, y, r, y.numel())[0])
+    for p, k, x, y in draws(targets, [0.5, 0.5], n):
+        r = torch.tensor([1 / t.density("val") for t in targets], dtype=torch.float64)[k]
+        expected = expected + p * target_gradient(model, head, x, y, r, n * T)
     torch.testing.assert_close(expected, exact)
 
 
+def test_processes_share_a_batch(monkeypatch):
+    """Together the ranks draw what one process draws, each every second sequence."""
+    sets, q = [Windows(k, 4, 7) for k in range(3)], [0.5, 0.3, 0.2]
+    source, k, x, y = draw_batch(sets, "train", q, 7, np.random.default_rng(1))
+    assert k.tolist() == source.tolist()
+    for rank in range(2):
+        monkeypatch.setattr(fastmix, "ranks", lambda: (rank, 2))
+        source_r, k_r, x_r, y_r = draw_batch(sets, "train", q, 7, np.random.default_rng(1))
+        assert source_r.tolist() == source.tolist()
+        assert torch.equal(k_r, k[rank::2]) and torch.equal(x_r, x[rank::2]) and torch.equal(y_r, y[rank::2])
+
+
+# ---- (3) the mixture
+
+def step_of(z, A, present=None, rate=0.05, entropy=0.0):
+    """z after mixture_step(), which works in place."""
+    z = z.clone()
+    mixture_step(z, A, torch.ones(len(z), dtype=torch.bool) if present is None else present, rate, entropy)
+    return z
+
+
+@pytest.mark.parametrize("units", ["gradient", "adamw"])
 @pytest.mark.parametrize("density", [[1.0, 1.0, 1.0, 1.0], [1.0, 0.6, 0.1, 0.4]])
-def test_gradient_on_z_equals_difference_of_the_look_ahead(density):
+def test_move_equals_difference_of_the_look_ahead(density, units):
     """
-    Formula (3) against a central difference of L_val(W - eta sqrt(M / M_0) sum_k beta_k(z) g_k) over z, W the head; for
-    text M, the learned part of a batch, is 1 and beta is alpha.
+    Formulas (2) and (3), from parts of the head's gradient to the move of z, against a central difference over z of
+    L_val(W - eta sqrt(M / M_0) P sum_k beta_k(z) g_k), W the head. For text M, the learned part of a batch, is 1 and
+    beta is alpha. mixture_step() steps along alpha, and in units of the rms: both are taken out again.
     """
-    K, N, V, C, eta, step = 4, 30, 11, 5, 1e-5, 1e-4
+    K, N, V, C, eta, step, rate = 4, 30, 11, 5, 1e-5, 1e-4, 0.05
     g = torch.Generator().manual_seed(3)
-    weight = torch.randn(V, C, generator=g, dtype=torch.float64)
+    weight = torch.nn.Parameter(torch.randn(V, C, generator=g, dtype=torch.float64))
     hidden = torch.randn(K + 1, N, C, generator=g, dtype=torch.float64)  # K sources and, last, the target
     targets = torch.randint(0, V, (K + 1, N), generator=g)
-    even = torch.full((N,), 1 / N, dtype=torch.float64)
-    G = [head_pass(hidden[k], weight, targets[k], even, grad_weight=True)[3] for k in range(K + 1)]
-    A = torch.stack([fused_cross_entropy(hidden[k], weight, targets[k], G_val=G[-1])[2].mean() for k in range(K)])
     z, density = torch.randn(K, generator=g, dtype=torch.float64), torch.tensor(density, dtype=torch.float64)
+    z -= z.max()
+    optimizer, P = torch.optim.AdamW([weight], lr=1e-3, betas=(0.9, 0.95)), 1 / 1.1  # before its first step
+    if units == "adamw":
+        v = torch.zeros(V, C, dtype=torch.float64)
+        for _ in range(3):
+            weight.grad = torch.randn(V, C, generator=g, dtype=torch.float64) * torch.rand(V, 1, generator=g)
+            v = 0.95 * v + 0.05 * weight.grad**2
+            optimizer.step()
+        P = 1 / (v.sqrt() + 0.1 * v.sqrt().mean())
+
+    def gradient(k):  # of a mean loss, by autograd
+        return torch.autograd.grad(F.cross_entropy(hidden[k] @ weight.T, targets[k]), weight)[0]
+    alone = torch.stack([gradient(k) for k in range(K)])
 
     def look_ahead(z):
         learned, learned_0 = torch.softmax(z, 0) * density, (torch.softmax(z_0, 0) * density).sum()
         root = (learned.sum() / learned_0).sqrt()
-        ahead = weight - eta * root * sum(b * g_k for b, g_k in zip(learned / learned.sum(), G))
+        ahead = weight - eta * root * P * torch.einsum("k,kvc->vc", learned / learned.sum(), alone)
         return F.cross_entropy(hidden[-1] @ ahead.T, targets[-1])
     z_0 = z
     difference = torch.stack([(look_ahead(z + d) - look_ahead(z - d)) / (2 * step)
-                              for d in step * torch.eye(K, dtype=torch.float64)])
-    got = mixture_gradient(torch.softmax(z, 0), A, torch.ones(K, dtype=torch.bool), eta, density)
-    torch.testing.assert_close(got, difference, rtol=1e-3, atol=1e-10)
-    torch.testing.assert_close(got.sum(), torch.zeros((), dtype=torch.float64), rtol=0, atol=1e-15)
+                              for d in step * torch.eye(K, dtype=torch.float64)]).detach()
+
+    # as main() does, but that the sources' batch has N tokens of each
+    alpha, everyone = torch.softmax(z, 0), torch.ones(K, dtype=torch.bool)
+    q = 0.75 * alpha + 0.25 / K
+    weights = loss_weights(alpha, q, density)
+    PG = in_adamw_units(gradient(K), weight, optimizer)
+    parts = fused_cross_entropy(hidden[:K].flatten(0, 1), weight, targets[:K].flatten(), weights.repeat_interleave(N),
+                                K * N, PG, [N * (k + 1) for k in range(K)])[2]
+    A = parts * (K * N) / (weights * N)
+    if (density != 1).any():
+        A = per_drawn_token(A, alpha, density, everyone)
+    else:  # for text it has nothing to convert
+        torch.testing.assert_close(per_drawn_token(A, alpha, density, everyone), A)
+    move = step_of(z, A, everyone, rate) - z
+    rms = (alpha * A**2).sum().sqrt()
+    torch.testing.assert_close(-eta * alpha * move * rms / rate, difference, rtol=1e-3, atol=1e-12)
+    assert abs((alpha * move).sum()) < 1e-14
 
 
-def test_entropy_term_is_its_gradient_and_raises_entropy():
-    z = torch.tensor([1.5, 0.2, -0.7], dtype=torch.float64, requires_grad=True)
-    alpha = torch.softmax(z, 0)
-    lam, everyone = 0.3, torch.ones(3, dtype=torch.bool)
-    (expected,) = torch.autograd.grad(lam * (alpha * alpha.log()).sum(), z)
-    got = lam * entropy_gradient(alpha.detach(), everyone)
-    torch.testing.assert_close(got, expected)
+@pytest.mark.parametrize("present", [[True] * 4, [True, False, True, True]])
+def test_entropy_term_is_its_gradient(present):
+    """Beside formula (3): the gradient on z of lambda sum_k alpha_k log alpha_k, from autograd, over alpha_k."""
+    z = torch.tensor([1.5, 0.2, -0.7, 0.1], dtype=torch.float64, requires_grad=True)
+    A, present = torch.tensor([0.3, -1.0, 2.0, 0.5], dtype=torch.float64), torch.tensor(present)
+    rate, lam = 0.05, 0.3
+    alpha = torch.softmax(z[present], 0)  # of the sources present
+    (gradient,) = torch.autograd.grad(lam * (alpha * alpha.log()).sum(), z)
+    with_term, without = (step_of(z.detach(), A, present, rate, entropy) for entropy in (lam, 0.0))
+    expected = rate * gradient[present] / alpha.detach()
+    torch.testing.assert_close((without - with_term)[present], expected)
+    assert ((with_term == z) == ~present).all()
 
     def entropy(z):
         return -(torch.softmax(z, 0) * torch.log_softmax(z, 0)).sum()
-    assert entropy(z.detach() - 0.1 * got) > entropy(z.detach())  # a descent step flattens the mixture
+    even = torch.ones(4, dtype=torch.float64)  # alignments that ask for nothing
+    assert entropy(step_of(z.detach(), even, entropy=lam)) > entropy(z.detach())
+
+
+@pytest.mark.parametrize("rate, entropy", [(0.05, 20.0), (0.05, 1e3), (1.0, 1.0), (0.02, 1e300)])
+def test_entropy_term_never_overshoots_uniform(rate, entropy):
+    """From rate x lambda = 1 on the mixture is uniform at once, but for what the alignments ask for."""
+    z = torch.tensor([3.0, 0.2, -17.0, 1.0], dtype=torch.float64)
+    uniform = step_of(z, torch.full((4,), 2.0, dtype=torch.float64), rate=rate, entropy=entropy)
+    torch.testing.assert_close(torch.softmax(uniform, 0), torch.full((4,), 0.25, dtype=torch.float64))
+    A = torch.tensor([0.5, -1.0, 2.0, 0.0], dtype=torch.float64)
+    rms = (torch.softmax(z, 0) * A**2).sum().sqrt()
+    torch.testing.assert_close(torch.softmax(step_of(z, A, rate=rate, entropy=entropy), 0),
+                               torch.softmax(rate * A / rms, 0))
 
 
 def test_absent_source_keeps_its_logit_and_stays_out_of_the_centring():
     present = torch.tensor([True, False, True])
-    alpha = torch.softmax(torch.tensor([0.5, 1.0, -0.3]), 0)
-    gradient = mixture_gradient(alpha, torch.tensor([2.0, 0.0, 1.0]), present)
-    share = alpha[[0, 2]] / alpha[[0, 2]].sum()
-    centred = torch.tensor([2.0, 1.0]) - (share * torch.tensor([2.0, 1.0])).sum()
-    torch.testing.assert_close(gradient[[0, 2]], -alpha[[0, 2]] * centred)
-    assert gradient[1] == 0
+    z, A = torch.tensor([[0.5, 1.0, -0.3], [2.0, math.nan, 1.0]], dtype=torch.float64)
+    moved = step_of(z, A, present, 0.1)
+    share = torch.softmax(z[[0, 2]], 0)
+    mean, rms = (share * A[[0, 2]]).sum(), (share * A[[0, 2]]**2).sum().sqrt()
+    torch.testing.assert_close(moved[[0, 2]], z[[0, 2]] + 0.1 * (A[[0, 2]] - mean) / rms)
+    assert moved[1] == 1.0 and moved[0] > 0.5 and moved[2] < -0.3
     # whatever number stands for the missing alignment changes nothing
-    torch.testing.assert_close(gradient, mixture_gradient(alpha, torch.tensor([2.0, -50.0, 1.0]), present))
+    assert torch.equal(moved, step_of(z, torch.tensor([2.0, -50.0, 1.0], dtype=torch.float64), present, 0.1))
+    # nor does what there would be to compare it with where it is alone, or none is there
+    for alone in ([False, True, False], [False] * 3):
+        assert torch.equal(step_of(z, A.nan_to_num(), torch.tensor(alone), 0.1, 0.5), z)
 
-    z = torch.tensor([0.5, 1.0, -0.3])
-    mixture_step(z, gradient + 7.0 * (~present), alpha, present, 0.1)
-    assert z[1] == 1.0 and z[0] > 0.5 and z[2] < -0.3
-    weights = torch.tensor([0.2, 0.5, 0.3])
-    expected = ((0.2 * 2.0**2 + 0.3 * 1.0**2) / 0.5) ** 0.5
-    assert alignment_scale(weights, torch.tensor([2.0, -50.0, 1.0]), present).item() == pytest.approx(expected)
+
+def test_absent_source_stays_out_of_the_conversion_to_drawn_tokens():
+    present, alpha = torch.tensor([True, False, True]), torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
+    A, density = torch.tensor([[2.0, math.nan, 1.0], [0.5, 0.1, 0.9]], dtype=torch.float64)
+    among = per_drawn_token(A[[0, 2]], alpha[[0, 2]], density[[0, 2]], torch.ones(2, dtype=torch.bool))
+    torch.testing.assert_close(per_drawn_token(A, alpha, density, present)[[0, 2]], among)
 
 
 def test_equal_alignments_leave_the_mixture_alone():
-    alpha = torch.softmax(torch.randn(5, dtype=torch.float64), 0)
-    gradient = mixture_gradient(alpha, torch.full((5,), 3.0, dtype=torch.float64), torch.ones(5, dtype=torch.bool))
-    torch.testing.assert_close(gradient, torch.zeros(5, dtype=torch.float64), atol=1e-12, rtol=0)
-
-
-def relative_step(z, A, density=1.0, learning_rate=0.05):
-    """The outer step's second half, as main() takes it, with all sources present."""
-    alpha, present = torch.softmax(z, 0), torch.ones(len(z), dtype=torch.bool)
-    eta = 1 / alignment_scale(alpha * density, A, present)
-    z = z.clone()
-    mixture_step(z, mixture_gradient(alpha, A, present, eta, density), alpha, present, learning_rate)
-    return z
+    z = torch.randn(5, dtype=torch.float64)
+    torch.testing.assert_close(step_of(z, torch.full((5,), 3.0, dtype=torch.float64)), z, atol=1e-12, rtol=0)
 
 
 def test_mixture_step_is_exponentiated_gradient_in_relative_units():
@@ -176,10 +298,10 @@ def test_mixture_step_is_exponentiated_gradient_in_relative_units():
     z, A = torch.randn(2, 6, generator=g, dtype=torch.float64)
     alpha = torch.softmax(z, 0)
     expected = alpha * torch.exp(0.05 * A / (alpha * A**2).sum().sqrt())
-    torch.testing.assert_close(torch.softmax(relative_step(z, A), 0), expected / expected.sum())
-    torch.testing.assert_close(relative_step(z, 1e-6 * A), relative_step(z, A))  # their scale does not matter
+    torch.testing.assert_close(torch.softmax(step_of(z, A), 0), expected / expected.sum())
+    torch.testing.assert_close(step_of(z, 1e-6 * A), step_of(z, A))  # their scale does not matter
 
-    new = torch.softmax(relative_step(z, A), 0)
+    new = torch.softmax(step_of(z, A), 0)
 
     def objective(a):
         return -0.05 * (a * A).sum() / (alpha * A**2).sum().sqrt() + (a * (a / alpha).log()).sum()
@@ -189,12 +311,15 @@ def test_mixture_step_is_exponentiated_gradient_in_relative_units():
 
 def test_mixture_step_at_the_edges():
     for A in (torch.zeros(3), torch.tensor([0.0, 0.0, 1e-20]), torch.tensor([-3.0, -1.0, -2.0])):
-        z = relative_step(torch.zeros(3), A)
+        z = step_of(torch.zeros(3, dtype=torch.float64), A.double())
         assert z.abs().max() < 0.1 and z.argmax() == A.argmax()
-    lost = relative_step(torch.tensor([0.0, -200.0]), torch.tensor([1.0, 2.0]))  # alpha is 0 in float32
-    assert lost.isfinite().all()
+    # no source is lost, however far it fell or is thrown: alpha stays above 1e-8
+    for z, rate in (([0.0, -200.0, 1.0], 0.05), ([0.0, 0.0, 0.0], 1e3), ([30.0, 0.0, 30.0], 1e30)):
+        z = step_of(torch.tensor(z, dtype=torch.float64), torch.tensor([1.0, 2.0, 1.5], dtype=torch.float64), rate=rate)
+        assert z.isfinite().all() and torch.softmax(z, 0).min() > 1e-9
+        assert z.min() == z.max() - 18
     # between equals there is nothing to choose, whatever their number: equal moves, and as if they were one
-    twice = relative_step(torch.tensor([0.3, -0.2, -0.2]), torch.tensor([1.0, 3.0, 3.0]))
-    once = relative_step(torch.tensor([0.3, -0.2 + math.log(2)]), torch.tensor([1.0, 3.0]))
+    twice = step_of(torch.tensor([0.3, -0.2, -0.2]), torch.tensor([1.0, 3.0, 3.0]))
+    once = step_of(torch.tensor([0.3, -0.2 + math.log(2)]), torch.tensor([1.0, 3.0]))
     assert twice[1] == twice[2]
     torch.testing.assert_close(torch.softmax(twice, 0)[0], torch.softmax(once, 0)[0])

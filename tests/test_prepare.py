@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import prepare_data
-from conftest import ROOT, TINY, refused, run, start
+from conftest import ROOT, refused, run, start, write_set
 
 SPLITS = ("train", "val", "test")
 
@@ -216,6 +216,22 @@ def test_killed_or_full_leaves_no_half_set(tmp_path):
     assert os.listdir(tmp_path / "data") == ["x"]
 
 
+def test_windows_of_text(tmp_path):
+    """Where sequences of text begin, and what of a split an evaluation looks at."""
+    ids = np.arange(100, dtype=np.uint8)
+    write_set(tmp_path / "d", {"train": ids, "val": ids[:30], "test": ids[:9]}, 128)
+    data = prepare_data.TokenSet(tmp_path, "d", 8)
+    x, y = data.windows("train", np.array([0, 91, 5]))
+    assert np.array_equal(x[:, 1:], y[:, :-1]) and x[:, 0].tolist() == [0, 91, 5] and y[1, -1] == 99
+    assert data.at_fraction("train", np.array([0.0, np.nextafter(1.0, 0)])).tolist() == [0, 91]  # any that fits
+    assert data.spread("val", 10**6).tolist() == [0, 8, 16] and data.spread("test", 10**6).tolist() == [0]
+    assert data.spread("train", 3 * 8).tolist() == [0, 48, 88]  # evenly, from the first to the last
+    assert data.spread("train", 1).tolist() == [0]
+    assert (data.density("train"), data.available("train"), data.tokens_per_byte("val")) == (1, 100, 1)
+    x, y = prepare_data.gather([data, data], "val", np.array([0, 1, 1]), np.array([0.0, 0.5, 0.99]))
+    assert x[:, 0].tolist() == [0, 11, 21]
+
+
 @pytest.fixture(scope="module")
 def sample(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sample")
@@ -241,23 +257,26 @@ def test_sample(sample):
     assert "other settings" in refused("prepare_data.py", "--seed", "3", cwd=sample)
 
 
+SMALL = ["--n_layer", 1, "--n_head", 2, "--n_embd", 16, "--max_steps", 2, "--eval_tokens", 2048]
+
+
 def test_the_readmes_main_command_shortened(sample):
-    run("fastmix.py", "--max_steps", 3, "--n_layer", 1, "--eval_tokens", 2048, "--test_tokens", 4096, cwd=sample)
-    run("fastmix.py", "--mixture", "out/mixture.json", "--out_dir", "out-found", *TINY, "--max_steps", 2,
-        "--test_tokens", 4096, cwd=sample)
+    stdout = run("fastmix.py", *SMALL, cwd=sample)
+    assert "sources python,cpp,prose,math,legal,noise; target numpy; searching" in stdout
+    run("fastmix.py", "--mixture", "out/mixture.json", "--out_dir", "out-found", *SMALL, cwd=sample)
+    run("fastmix.py", "--mixture", "out/log.jsonl", "--out_dir", "out-replayed", *SMALL, cwd=sample)
     assert (sample / "out" / "mixture.json").exists()
-    run("plot_mixture.py", "out", cwd=sample)
+    stdout = run("plot_mixture.py", "out", cwd=sample)
+    assert "target numpy: test loss" in stdout
     assert (sample / "out" / "mixture.png").stat().st_size > 20_000
 
 
 def test_the_readmes_instruction_commands_shortened(sample):
     """(a) instructions toward a fourth kind, from a checkpoint; (b) pre-training sources toward instructions."""
-    short = ["--n_layer", 1, "--max_steps", 2, "--eval_tokens", 2048, "--test_tokens", 8192, "--overwrite"]
-    run("fastmix.py", *short, "--out_dir", "base", cwd=sample)
+    run("fastmix.py", *SMALL, "--out_dir", "base", cwd=sample)
     sets = ["--sources", "describe,implement,evaluate,declare,unicode", "--target", "numpy_tasks"]
-    stdout = run("fastmix.py", "--init_from", "base/ckpt.pt", *sets, "--block_size", 256, "--batch_size", 8,
-                 "--eval_accuracy", *short, "--out_dir", "tasks", cwd=sample)
-    assert stdout.count("short answers right") == 2
-    run("fastmix.py", "--target", "numpy_tasks", "--block_size", 256, "--batch_size", 8, *short, "--out_dir", "toward",
-        cwd=sample)
+    short = ["--block_size", 256, "--batch_size", 8, "--max_steps", 2, "--eval_tokens", 2048]
+    stdout = run("fastmix.py", "--init_from", "base/ckpt.pt", *sets, *short, "--out_dir", "tasks", cwd=sample)
+    assert stdout.count("short answers right") == 1
+    run("fastmix.py", "--target", "numpy_tasks", *SMALL, *short, "--out_dir", "toward", cwd=sample)
     assert json.loads((sample / "toward" / "mixture.json").read_text())["target"] == ["numpy_tasks"]

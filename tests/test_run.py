@@ -1,8 +1,12 @@
 """Runs through the command line: resume, kill, schedules, and what a run writes."""
+import copy
 import json
 import math
 import os
+import shutil
 import signal
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -10,7 +14,8 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import TINY, assert_same, log_rows, refused, results, run, start
+from conftest import ROOT, TINY, assert_same, log_rows, refused, results, run, start, wait_for_step
+from model import GPT, GPTConfig
 
 BASE = [*TINY, "--sources", "a,b,noise", "--target", "target", "--max_steps", 60]
 
@@ -18,15 +23,15 @@ BASE = [*TINY, "--sources", "a,b,noise", "--target", "target", "--max_steps", 60
 RUNS = {  # out_dir: flags
     "reference": BASE,
     "every": [*BASE, "--log_every", 1],
-    "looking": [*BASE, "--eval_every", 7, "--log_every", 3, "--source_losses"],
+    "looking": [*BASE, "--log_every", 7],
     "fixed": [*BASE, "--mixture", "a=3,b=1"],
     "whole": [*BASE, "--max_steps", 20],
     "parts": [*BASE, "--max_steps", 20, "--batch_size", 2, "--grad_accum", 4],
     "own": [*TINY, "--sources", "a,b", "--max_steps", 2],
     "entropy": [*BASE, "--dtype", "bfloat16", "--entropy", 30],  # strong enough to hold the mixture near uniform
+    "entropies": [*BASE, "--max_steps", 20, "--log_every", 1, "--entropy", 1e6],
     "diverged": [*BASE, "--max_steps", 40],
-    "at-uniform": [*BASE, "--max_steps", 2, "--mixture", "uniform", "--alignment", "all", "--dtype", "bfloat16"],
-    "started": [*BASE, "--max_steps", 5, "--log_every", 1, "--start_mixture", "a=7,b=2,noise=1"],
+    "at-uniform": [*BASE, "--max_steps", 2, "--mixture", "uniform", "--dtype", "bfloat16"],
     "far": [*BASE, "--learning_rate_mixture", 1000, "--log_every", 1],
     "at-proportional": [*BASE, "--max_steps", 2, "--mixture", "proportional"],
 }
@@ -46,13 +51,6 @@ def reference(synthetic, stdout):
     return synthetic / "reference"
 
 
-def wait_for_step(process, out, step):
-    """Blocks until the log shows a step; the run must still be going on."""
-    while not (out / "log.jsonl").exists() or not any(r["step"] >= step for r in log_rows(out)):
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.01)
-
-
 def test_what_a_run_writes(reference):
     mixture = json.loads((reference / "mixture.json").read_text())
     for weights in (mixture["mixture"], *mixture["mixtures"].values()):
@@ -66,8 +64,15 @@ def test_what_a_run_writes(reference):
     rows = log_rows(reference)
     assert [r["step"] for r in rows] == list(range(0, 61, 5))
     assert all(math.isclose(sum(r["alpha"].values()), 1, rel_tol=1e-6) for r in rows)
-    assert rows[0]["alpha"] == dict.fromkeys(["a", "b", "noise"], rows[0]["alpha"]["a"]) and rows[0]["train_loss"] is None
-    assert rows[-1]["tokens"] == tokens and rows[-1]["target_val_loss"] is not None
+    assert rows[0]["alpha"] == dict.fromkeys(["a", "b", "noise"], rows[0]["alpha"]["a"])
+    assert rows[0]["train_loss"] is None
+    assert rows[-1]["tokens"] == tokens
+    for r in rows:
+        assert r["max_steps"] == 60 and r["target_losses"] == {"target": r["target_val_loss"]}
+    assert rows[-1]["target_val_loss"] < rows[0]["target_val_loss"] - 0.3
+    assert mixture["before"] == rows[0]["target_losses"]
+    assert mixture["targets"]["target"]["val_loss"] == rows[-1]["target_val_loss"]
+    assert all(s["start"] == pytest.approx(1 / 3) for s in mixture["sources"].values())
     assert all(v is not None for r in rows[1:] for v in (*r["alignment"].values(), *r["source_loss"].values()))
     # one byte a token in these sets, so bits a byte is the loss in bits
     assert math.isclose(mixture["test_bits_per_byte"], mixture["test_loss"] / math.log(2))
@@ -76,7 +81,7 @@ def test_what_a_run_writes(reference):
 def test_mixture_json_follows_from_the_log(synthetic, stdout):
     """The three named mixtures, recomputed from a log that holds every step."""
     mixtures = json.loads((synthetic / "every" / "mixture.json").read_text())["mixtures"]
-    alphas = np.array([list(r["alpha"].values()) for r in log_rows(synthetic / "every")])  # (61, K), last: after training
+    alphas = np.array([list(r["alpha"].values()) for r in log_rows(synthetic / "every")])  # (61, K), 60: after training
     for name, expected in (("last", alphas[60]), ("last_half_average", alphas[30:60].mean(0)),
                            ("run_average", alphas[:60].mean(0))):
         np.testing.assert_allclose(list(mixtures[name].values()), expected, rtol=1e-6)
@@ -87,31 +92,97 @@ def test_looking_more_often_changes_nothing(synthetic, reference):
 
 
 def test_killed_and_resumed_is_bit_for_bit_the_same(synthetic, reference):
-    """SIGKILL somewhere after the checkpoint of step 20, log lines after it and all."""
+    """SIGKILL somewhere after step 30, and a log that is ahead of the checkpoint: a row, and a line cut short."""
     out = synthetic / "killed"
     process = start("fastmix.py", *BASE, "--out_dir", "killed", cwd=synthetic)
     wait_for_step(process, out, 30)
     process.kill()
     process.communicate()
     with open(out / "log.jsonl", "a") as f:
-        f.write('{"step": 3')  # a line cut short
-    assert torch.load(out / "ckpt.pt", weights_only=True)["step"] < 60
+        f.write(json.dumps(log_rows(reference)[-1]) + '\n{"step": 3')
+    assert torch.load(out / "ckpt.pt", weights_only=True)["state"]["step"] < 60
     run("fastmix.py", "--resume", "--out_dir", "killed", cwd=synthetic)
     assert_same(out, reference)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_interrupted_says_how_to_go_on(synthetic, reference, number):
-    """Stops between log lines, so the meters of the interval must survive too."""
-    out = synthetic / f"interrupted-{number}"
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_interrupted_says_how_to_go_on(synthetic, reference, name):
+    """The same run to the last bit, but for a row more at the stop, and averages of the next that begin there."""
+    out = synthetic / f"interrupted-{name}"
     process = start("fastmix.py", *BASE, "--out_dir", out.name, cwd=synthetic)
     wait_for_step(process, out, 5)
-    process.send_signal(number)
+    process.send_signal(getattr(signal, name))
     stdout, stderr = process.communicate(timeout=60)
-    assert process.returncode == 130 and f"python fastmix.py --resume --out_dir {out.name}" in stdout, (stdout, stderr)
-    assert not stderr
+    assert process.returncode == 130 and not stderr, (stdout, stderr)
+    stopped = log_rows(out)[-1]["step"]
+    assert stdout.splitlines()[-1] == (f"stopped at step {stopped}; go on with: python fastmix.py --resume --out_dir "
+                                       f"{out.name}")
+    assert torch.load(out / "ckpt.pt", weights_only=True)["state"]["step"] == stopped < 60
     run("fastmix.py", *BASE, "--resume", "--out_dir", out.name, cwd=synthetic)
-    assert_same(out, reference)
+    assert_same(out, reference, with_log=False)
+    rows, expected = results(out)[0], results(reference)[0]
+    if stopped % 5:
+        (extra,) = [r for r in rows if r["step"] == stopped]
+        rows.remove(extra)
+        for key in ("alignment", "source_loss", "train_loss"):
+            rows[stopped // 5 + 1].pop(key)
+            expected[stopped // 5 + 1].pop(key)
+    assert rows == expected
+
+
+def script(folder, *lines):
+    """A Python script that can import what lies beside fastmix.py."""
+    path = folder / "script.py"
+    path.write_text("\n".join(["import os, runpy, signal, sys, time", f"sys.path[0] = {str(ROOT)!r}", *lines]))
+    return path
+
+
+@pytest.mark.parametrize("first, second", [("SIGINT", "SIGINT"), ("SIGTERM", "SIGHUP"), ("SIGHUP", "SIGINT")])
+def test_a_second_signal_ends_at_once(tmp_path, first, second):
+    """In a step that takes for ever."""
+    path = script(tmp_path, "from model import asked_to_stop", "stop = asked_to_stop()", "print('ready', flush=True)",
+                  "while not stop: time.sleep(0.01)", "print('asked', stop, flush=True)", "time.sleep(60)")
+    process = start(path, cwd=tmp_path)
+    for word, name in (("ready", first), ("asked", second)):
+        while word not in process.stdout():
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.01)
+        process.send_signal(getattr(signal, name))
+    stdout, _ = process.communicate(timeout=30)
+    assert process.returncode == -getattr(signal, second)
+    assert f"asked [{int(getattr(signal, first))}]" in stdout
+
+
+def test_a_hangup_that_is_ignored_stays_ignored(synthetic, reference, tmp_path):
+    """As nohup has it."""
+    path = script(tmp_path, "signal.signal(signal.SIGHUP, signal.SIG_IGN)", "sys.argv[0] = sys.path[0] + '/fastmix.py'",
+                  "runpy.run_path(sys.argv[0], run_name='__main__')")
+    process = start(path, *BASE, "--out_dir", "nohup", cwd=synthetic)
+    wait_for_step(process, synthetic / "nohup", 5)
+    process.send_signal(signal.SIGHUP)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 0, stderr
+    assert_same(synthetic / "nohup", reference)
+
+
+def test_in_a_notebook_and_without_what_training_does_not_need(synthetic, reference, tmp_path):
+    """
+    stdout may be no text stream, or one without the bars' glyphs. Neither to import nor to run it takes the tokenizer
+    or the plots. As a process of its own: those of the other tests begin with everything imported.
+    """
+    path = script(
+        tmp_path, "import io", "import fastmix", "screen, flags = sys.stdout, sys.argv[1:]",
+        "def loaded(): return sorted({'tiktoken', 'matplotlib'} & sys.modules.keys())",
+        "print(loaded())", "sys.argv[1:] = [*flags, '--out_dir', 'notebook']", "sys.stdout = notebook = io.StringIO()",
+        "fastmix.main()", "sys.argv[1:] = [*flags, '--out_dir', 'ascii']",
+        "sys.stdout = io.TextIOWrapper(io.BytesIO(), encoding='ascii')", "fastmix.main()", "sys.stdout.flush()",
+        "sys.stdout, ascii = screen, sys.stdout.buffer.getvalue().decode('ascii')", "print(loaded())",
+        "print([text.count('test loss') for text in (notebook.getvalue(), ascii)])")
+    ended = subprocess.run([sys.executable, path, *map(str, BASE)], cwd=synthetic, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout == "[]\n[]\n[1, 1]\n"
+    assert_same(synthetic / "notebook", reference)
+    assert_same(synthetic / "ascii", reference)
 
 
 def test_resuming_a_finished_run_repeats_its_result(synthetic, reference):
@@ -163,29 +234,32 @@ def test_found_mixture_uniform_and_proportional(synthetic, reference):
         assert log_rows(synthetic / out)[0]["alpha"] == pytest.approx(expected, rel=1e-6)
 
 
-def test_search_from_another_start(synthetic, stdout):
-    rows = log_rows(synthetic / "started")
-    assert rows[0]["alpha"] == pytest.approx({"a": 0.7, "b": 0.2, "noise": 0.1}, rel=1e-6)
+def test_a_search_moves_a_little_each_step(synthetic, stdout):
+    rows = log_rows(synthetic / "every")
     for before, row in zip(rows, rows[1:]):  # a logit moves by about the learning rate a step
         for name, share in row["alpha"].items():
             assert 0.9 < share / before["alpha"][name] < 1.1 and share != before["alpha"][name]
 
 
-def test_a_share_below_every_number_is_no_end(synthetic, stdout):
-    """Steps so long that shares underflow: the search collapses, but goes on with finite numbers and every source."""
+def test_steps_far_too_long_lose_no_source(synthetic, stdout):
+    """The search collapses at once, but goes on with finite numbers, and alpha stays above its floor of 1e-8."""
     alphas = np.array([list(r["alpha"].values()) for r in log_rows(synthetic / "far")])
-    assert alphas.min() < 1e-20 and alphas.max() > 0.999 and (alphas > 0).all()  # at 0 a source is lost
+    assert alphas.max() > 0.999 and 5e-9 < alphas.min() < 2e-8
     np.testing.assert_allclose(alphas.sum(1), 1, rtol=1e-6)
 
 
 def test_own_sources_without_a_target(synthetic, stdout):
-    assert "own val splits in equal parts" in stdout["own"]
+    assert "sources a,b; target a,b; searching" in stdout["own"]
     assert json.loads((synthetic / "own" / "mixture.json").read_text())["target"] == ["a", "b"]
 
 
 def test_bfloat16_and_entropy(synthetic, stdout):
-    assert "bfloat16" in stdout["entropy"]
-    assert log_rows(synthetic / "entropy")[-1]["alpha"] == pytest.approx(dict.fromkeys(["a", "b", "noise"], 1 / 3), abs=0.05)
+    uniform = dict.fromkeys(["a", "b", "noise"], 1 / 3)
+    assert log_rows(synthetic / "entropy")[-1]["alpha"] == pytest.approx(uniform, abs=0.05)
+    rounded, exact = (log_rows(synthetic / out)[0]["target_val_loss"] for out in ("entropy", "reference"))
+    assert rounded != exact and rounded == pytest.approx(exact, rel=1e-2)
+    for row in log_rows(synthetic / "entropies"):  # more than uniform it cannot ask for
+        assert row["alpha"] == pytest.approx(uniform, abs=0.03)
 
 
 def test_a_strangers_checkpoint_runs_no_code(synthetic, tmp_path):
@@ -199,15 +273,15 @@ def test_a_strangers_checkpoint_runs_no_code(synthetic, tmp_path):
 
 
 def test_diverged_run_stops_and_keeps_its_checkpoint(synthetic, stdout):
-    """A run goes on from weights blown up by hand."""
+    """A run goes on from weights blown up by hand; the report after them finds it."""
     out = synthetic / "diverged"
-    state = torch.load(out / "ckpt.pt", weights_only=True)
-    state["args"]["max_steps"], state["step"] = 80, 40
-    state["model"]["lm_head.weight"][0, 0] = math.nan
-    torch.save(state, out / "ckpt.pt")
+    ckpt = torch.load(out / "ckpt.pt", weights_only=True)
+    ckpt["args"]["max_steps"] = 80
+    ckpt["model"]["lm_head.weight"][0, 0] = math.nan
+    torch.save(ckpt, out / "ckpt.pt")
     before = (out / "ckpt.pt").read_bytes()
     line = refused("fastmix.py", "--resume", "--out_dir", "diverged", cwd=synthetic)
-    assert "no longer finite at step 41;" in line, line
+    assert "no longer finite at step 45;" in line, line
     assert (out / "ckpt.pt").read_bytes() == before
 
 
@@ -227,3 +301,114 @@ def test_full_disk_keeps_the_last_checkpoint(synthetic, reference):
     assert (out / "ckpt.pt").read_bytes() == before and not list(out.glob("*.partial"))
     run("fastmix.py", "--resume", "--out_dir", "full", cwd=synthetic)
     assert_same(out, reference)
+
+
+# ---- checkpoints that are damaged, or another program's
+
+def foreign_optimizer(kind, config):
+    """The state of an optimizer that has taken a step: SGD's, or AdamW's on a model of another width."""
+    model = GPT(GPTConfig(**config | ({"n_embd": 16} if kind == "another model" else {})))
+    optimizer = model.configure_optimizer(1e-3, 0.1, (0.9, 0.95), fused=False)
+    if kind == "sgd":
+        optimizer = torch.optim.SGD([{"params": g["params"]} for g in optimizer.param_groups], 1e-3, momentum=0.9)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    return optimizer.state_dict()
+
+
+def damaged(whole):
+    """{what was done: a checkpoint} from a whole one; the first word says which part of it was changed."""
+    def changed(part, key, value):
+        ckpt = copy.deepcopy(whole)
+        if value is None:
+            del ckpt[part][key]
+        else:
+            ckpt[part][key] = value
+        return ckpt
+    cases = {f"lacks {key}": {k: v for k, v in whole.items() if k != key} for key in whole}
+    for key, value in whole["state"].items():
+        cases[f"state without {key}"] = changed("state", key, None)
+        wide = torch.cat([value, value], -1) if torch.is_tensor(value) else "text"
+        cases[f"state, {key} too wide or a text"] = changed("state", key, wide)
+    cases["state, z of another dtype"] = changed("state", "z", whole["state"]["z"].half())
+    cases["state, schedule too deep"] = changed("state", "schedule", whole["state"]["schedule"][None])
+    cases["state, too few rows of G"] = changed("state", "G", whole["state"]["G"][1:])
+    cases["state with more"] = changed("state", "momentum", 0.9)
+    for part in ("model", "state", "optimizer"):
+        cases[f"{part} nothing"] = whole | {part: {}}
+        cases[f"{part} a list"] = whole | {part: [1, 2]}
+    cases["model without the head"] = changed("model", "lm_head.weight", None)
+    cases["model with more"] = changed("model", "bias", torch.ones(1))
+    cases["model too wide"] = changed("model", "ln_f.weight", torch.ones(33))
+    for kind in ("sgd", "another model"):
+        cases[f"optimizer of {kind}"] = whole | {"optimizer": foreign_optimizer(kind, whole["config"])}
+    for key in ("exp_avg_sq", "step"):
+        cases[f"optimizer without {key}"] = copy.deepcopy(whole)
+        del cases[f"optimizer without {key}"]["optimizer"]["state"][0][key]
+    cases["optimizer that never stepped"] = changed("optimizer", "state", {})
+    cases["args nothing"], cases["args a list"] = whole | {"args": {}}, whole | {"args": [1]}
+    cases["args without seed"] = changed("args", "seed", None)
+    cases["args with more"] = changed("args", "alignment", "head")
+    cases["args out of range"] = changed("args", "batch_size", -8)
+    cases["config nothing"], cases["config a list"] = whole | {"config": {}}, whole | {"config": [1]}
+    for key in whole["config"]:
+        cases[f"config without {key}"] = changed("config", key, None)
+    cases["tokenizer another"], cases["digests nothing"] = whole | {"tokenizer": "gpt2"}, whole | {"digests": {}}
+    nanogpt = {"model": whole["model"], "optimizer": whole["optimizer"], "model_args": {}, "iter_num": 5, "config": {}}
+    return cases | {"nanoGPT's": nanogpt, "a tensor": torch.ones(3), "nothing": None}
+
+
+def test_a_damaged_or_foreign_checkpoint_gets_one_line(synthetic, stdout):
+    """On --resume, and on --init_from if what it reads is damaged: to go on from weights alone is what that is for."""
+    whole = torch.load(synthetic / "whole" / "ckpt.pt", weights_only=True)
+    whole["args"]["max_steps"] = 25
+    folder, log = synthetic / "damaged", (synthetic / "whole" / "log.jsonl").read_bytes()
+    files = {}
+    for name, ckpt in damaged(whole).items():
+        torch.save(ckpt, folder.with_suffix(".pt"))
+        files[name] = folder.with_suffix(".pt").read_bytes()
+    content = (synthetic / "whole" / "ckpt.pt").read_bytes()
+    files |= {"cut in half": content[: len(content) // 2], "cut at its end": content[:-1], "empty": b"",
+              "garbage": bytes(range(256)) * 99, "a text": b"not a checkpoint\n"}
+    model = BASE[BASE.index("--block_size"):]  # all flags but those of the model
+
+    def once(case):
+        number, (name, content) = case
+        before, wrong = {"ckpt.pt": content, "log.jsonl": log}, []
+        out = folder / str(number)
+        out.mkdir(parents=True)
+        for file, text in before.items():
+            (out / file).write_bytes(text)
+        part, detail = name.split()[0].strip(","), name.split()[-1]
+        flags = {"--resume": ["--resume", "--out_dir", out],
+                 "--init_from": [*model, "--init_from", out / "ckpt.pt", "--out_dir", out / "new"]}
+        if part in ("state", "optimizer", "args", "digests"):
+            del flags["--init_from"]
+        if part == "config" and detail in ("block_size", "n_layer", "n_head", "n_embd"):
+            del flags["--resume"]  # goes by the flags, which say the same
+        for flag, given in flags.items():
+            try:
+                line = refused("fastmix.py", *given, cwd=synthetic)
+                if "ckpt.pt" not in line and "--batch_size -8" not in line or (out / "new").exists():
+                    wrong.append(f"{flag}, {name}: {line}")
+            except AssertionError as error:
+                status, *lines = str(error).splitlines()
+                wrong.append(f"{flag}, {name}: {status}, {[line for line in lines if 'Error: ' in line]}")
+        if {f.name: f.read_bytes() for f in out.iterdir()} != before:
+            wrong.append(f"{name}: files were changed")
+        return wrong
+    with ThreadPoolExecutor(2) as pool:
+        wrong = sum(pool.map(once, enumerate(files.items())), [])
+    assert not wrong, "\n".join(wrong)
+
+
+def test_a_whole_checkpoint_passes(synthetic, stdout):
+    """The one that is damaged above."""
+    out = synthetic / "longer"
+    shutil.copytree(synthetic / "whole", out)
+    ckpt = torch.load(out / "ckpt.pt", weights_only=True)
+    ckpt["args"]["max_steps"] = 25
+    torch.save(ckpt, out / "ckpt.pt")
+    run("fastmix.py", "--resume", "--out_dir", "longer", cwd=synthetic)
+    assert [r["step"] for r in log_rows(out)] == list(range(0, 26, 5))
