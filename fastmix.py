@@ -11,8 +11,8 @@ of the target loss one inner step ahead, w' = w - eta P sum_k alpha_k g_k with A
 
     (1) weights    draw sources from q = (1 - eps) alpha + eps / K and weight source k's loss by alpha_k / q_k;
                    the expected gradient is sum_k alpha_k g_k for every eps            -> draw(), loss_weights()
-    (2) alignment  A_k = <P g_val, g_k>, taken at the LM head: the pass that trains forms the
-                   head's gradient in chunks of tokens, here of one source each        -> FusedWeightedCrossEntropy
+    (2) alignment  A_k = <P g_val, g_k>, taken at the LM head, whose gradient the pass that
+                   trains forms in chunks of tokens, here source by source             -> FusedWeightedCrossEntropy
     (3) mixture    dL_val(w') / dz_k = -eta alpha_k (A_k - sum_j alpha_j A_j), stepped as
                    mirror descent, A in units of its rms: z_k += rate (A_k - mean) / rms    -> mixture_step()
 
@@ -94,8 +94,6 @@ def parse_args(defaults):
             low, high = limits.get(name, (1, 2**63 - 1) if type(value) is int else (0, sys.float_info.max))
             if not low <= value <= high:
                 fail(f"--{name} {value} is not a number between {low} and {high:g}")
-    if args.mixture is None and args.batch_size * args.grad_accum < 2:
-        fail("a search compares sources within a step: --batch_size times --grad_accum must be at least 2")
     if args.uniform_share is None:
         args.uniform_share = 0.25 if args.mixture is None else 0.0
     return args
@@ -144,8 +142,7 @@ class FusedWeightedCrossEntropy(torch.autograd.Function):
 
     hidden (N, C), weight (V, C), targets (N,) with IGNORE where nothing is learned, coef (N,); ends (K,): where each
     source's tokens end; PG (V, C) or None, the target's gradient in AdamW's units. Returns the loss; token_loss (N,),
-    in nats; and, given PG, parts (K,): its product with each source's part of the head's gradient, the sum over that
-    source's tokens of coef_t <PG, (p_t - y_t) h_t^T>.
+    in nats; and, given PG, parts (K,): the sum over each source's tokens of coef_t <PG, (p_t - y_t) h_t^T>.
     """
 
     @staticmethod
@@ -160,10 +157,9 @@ class FusedWeightedCrossEntropy(torch.autograd.Function):
         logits, dW = (torch.empty(n, d, dtype=dtype, device=hidden.device) for n, d in ((chunk, V), (V, C)))
         token_loss, grad_h, grad_W, parts = (torch.zeros(shape, dtype=wide, device=hidden.device)
                                              for shape in (N, hidden.shape, weight.shape if need_W else 0, len(ends)))
-        walk = [(k, slice(i, min(i + chunk, end))) for k, (start, end) in enumerate(zip([0, *ends], ends))
-                for i in range(start, end, chunk)]
         with torch.autocast(device, enabled=False):
-            for k, s in walk:
+            for i in range(0, N, chunk):
+                s = slice(i, min(i + chunk, N))
                 h, is_learned, y = hidden[s].to(dtype), targets[s] != IGNORE, targets[s].clamp(min=0)[:, None]
                 p = torch.mm(h, W.T, out=logits[: len(h)]).to(wide)  # (n, V) logits; becomes p, then p - y, in place
                 logit_y, top = p.gather(1, y), p.amax(1, keepdim=True)
@@ -174,10 +170,14 @@ class FusedWeightedCrossEntropy(torch.autograd.Function):
                 if need_h:
                     grad_h[s] = (p @ W) * coef[s, None]
                 if need_W:
-                    torch.mm(p.T, (h * coef[s, None]).to(dtype), out=dW)  # (V, C), from tokens of source k alone
-                    grad_W += dW
-                    if PG is not None:
-                        parts[k] += torch.dot(PG.flatten(), dW.flatten().to(wide))
+                    weighted_h = (h * coef[s, None]).to(dtype)
+                    for k, (start, end) in enumerate(zip([0, *ends], ends)):
+                        of_k = slice(max(start - i, 0), min(end - i, len(p)))  # the chunk's tokens from source k
+                        if of_k.start < of_k.stop:
+                            torch.mm(p[of_k].T, weighted_h[of_k], out=dW)  # (V, C), from tokens of source k alone
+                            grad_W += dW
+                            if PG is not None:
+                                parts[k] += torch.dot(PG.flatten(), dW.flatten().to(wide))
         ctx.save_for_backward(grad_h.to(hidden.dtype), grad_W.to(weight.dtype), token_loss.to(coef.dtype))
         ctx.mark_non_differentiable(token_loss, parts)
         return (coef * token_loss).sum(), token_loss, parts
@@ -237,7 +237,7 @@ def in_adamw_units(G, head, optimizer):
     """
     v = optimizer.state[head].get("exp_avg_sq")  # none before the first step
     root = torch.ones_like(G) if v is None else v.sqrt()
-    return G / root.add_(0.1 * root.mean())
+    return torch.div(G, root.add_(0.1 * root.mean()), out=root)
 
 
 # ---- (3) the mixture ------------------------------------------------------------------------------------------------
@@ -299,6 +299,8 @@ def main():
     sets = dict.fromkeys((*sources, *targets))  # each once, in order
     n_sequences = args.batch_size * args.grad_accum
     tokens_per_step = n_sequences * T
+    if searching and n_sequences < 2:
+        fail("a search compares sources within a step: --batch_size times --grad_accum must be at least 2")
     available = torch.tensor([s.available("train") for s in sources])  # (K,) tokens to train on
     density = torch.tensor([s.density("train") for s in sources], dtype=torch.float64)  # (K,) learned per token drawn
     schedule = read_mixture("uniform" if searching or args.resume else args.mixture, names, available.tolist())
@@ -322,7 +324,7 @@ def main():
         restore(ckpt, args.init_from, net)
     settings = {"args": vars(args), "config": vars(net.config), "tokenizer": sources[0].tokenizer,
                 "digests": {s.name: s.digest for s in sets}}
-    log = open_log(out, state.step if args.resume else -1)
+    log = open_log(out, state.step if args.resume else -1, names)
     say(f"{net.num_params():,} parameters, {tokens_per_step:,} tokens a step, {device}, sources {args.sources}; target "
         f"{args.target}; {'searching' if searching else f'mixture {args.mixture}'}")
     if searching and n_sequences < K:

@@ -15,8 +15,8 @@ positions a checkpoint can go on with another block size.
 import contextlib
 import math
 import os
+import shlex
 import signal
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +25,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
-from prepare_data import IGNORE, fail, save_atomically
+from prepare_data import IGNORE, fail, print_anything, save_atomically
 
 
 @dataclass
@@ -149,8 +149,8 @@ def accuracy(model, head, X, Y, batch_size):
 
 def start_machine(args):
     """(device, autocast context) of the flags; under torchrun this process joins the others."""
-    if hasattr(sys.stdout, "reconfigure"):  # a notebook's has none
-        sys.stdout.reconfigure(errors="replace")  # a terminal without the bars' glyphs must not stop a run
+    print_anything()
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch on Linux: huge pages, fewer faults in new large tensors
     device, world = args.device, int(os.environ.get("WORLD_SIZE", 1))
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -237,20 +237,22 @@ def open_run(parse_args):
     out = Path(args.out_dir)
     if args.resume:
         path = out / "ckpt.pt"
-        ckpt = load_checkpoint(path, f"start anew after: rm -r {out}")
+        ckpt = load_checkpoint(path, "leave --resume out, or correct --out_dir")
         stored = ckpt["args"]
         if not isinstance(stored, dict) or stored.keys() != vars(args).keys():
-            fail(f"{path}: its settings are not those of this fastmix.py; start anew after: rm -r {out}")
+            fail(f"{path}: its settings are not those of this fastmix.py; start a new run in another --out_dir")
         args = parse_args({k: v for k, v in stored.items() if k != "resume"})
         for k, v in vars(args).items():
             if k not in MAY_CHANGE and v != stored[k]:
                 fail(f"{path} was made with --{k} {stored[k]}, not {v}; resume without that flag, or start a new run "
                      "in another --out_dir")
         return args, ckpt
-    held = [f for f in ("log.jsonl", "ckpt.pt", "mixture.json") if (out / f).exists()]
+    if not args.out_dir or out.exists() and not out.is_dir():
+        fail(f"--out_dir '{args.out_dir}' is not the name of a folder; choose another")
+    held = [str(out / f) for f in ("log.jsonl", "ckpt.pt", "mixture.json") if (out / f).exists()]
     if held:
-        fail(f"{out}/ holds another run ({', '.join(held)}); add --resume to go on with it, choose another --out_dir, "
-             f"or delete it with: rm -r {out}")
+        fail(f"{out}/ holds another run; add --resume to go on with it, choose another --out_dir, or delete it with: "
+             f"rm {shlex.join(held)}")
     if args.init_from:
         ckpt = load_checkpoint(args.init_from, "--init_from takes a ckpt.pt that fastmix.py wrote")
         args = parse_args({f: ckpt["config"][f] for f in (*MODEL_FLAGS, "block_size")})

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from prepare_data import fail, save_atomically
+from prepare_data import fail, print_anything, save_atomically
 
 # Okabe and Ito's palette: told apart with any kind of colour vision. Beyond it, sources share a grey "others".
 COLOURS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#B8A600"]
@@ -23,19 +23,25 @@ GREY, INK = "#999999", "#222222"
 
 # ---- logs and mixtures, written and read ----------------------------------------------------------------------------
 
-def open_log(out, step):
+def open_log(out, step, names):
     """out/log.jsonl, opened to append rows, cut back to those up to the step of the checkpoint (-1: a new run)."""
     if int(os.environ.get("RANK", 0)) > 0:
         return open(os.devnull, "a")
-    path = Path(out, "log.jsonl")
+    path, kept = Path(out, "log.jsonl"), []
     try:
-        rows = path.read_text().splitlines(keepends=True) if step >= 0 else []
-        rows = [r for r in rows if r.endswith("\n") and json.loads(r)["step"] <= step]
+        if step >= 0:
+            lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+            kept = [line for line in lines if json.loads(line)["step"] <= step]
+            first, last = json.loads(kept[0]), json.loads(kept[-1])
+            if (first["step"], last["step"], list(first["alpha"])) != (0, step, names):
+                raise ValueError
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_atomically(path, lambda f: f.write("".join(rows).encode()))
+        save_atomically(path, lambda f: f.write("".join(kept).encode()))
         return open(path, "a")
     except OSError as error:
-        fail(f"cannot open {path}: {error.strerror}")
+        fail(f"cannot open {path}: {error.strerror}; mend that, or start a new run in another --out_dir")
+    except (ValueError, KeyError, TypeError, IndexError):
+        fail(f"{path} is not the log of the run in ckpt.pt; put that back, or start a new run in another --out_dir")
 
 
 def by_name(names, values):
@@ -131,6 +137,8 @@ def read_mixture(text, names, tokens):
             fail(f"--mixture {text}: not a mixture that fastmix wrote ({error!r})")
         if not rows:
             fail(f"--mixture {text}: empty")
+        if text.endswith(".jsonl") and not all(a < b for a, b in zip(steps, [*steps[1:], math.inf])):
+            fail(f"--mixture {text}: its steps do not rise, so it is not the log of one run")
         if text.endswith(".jsonl") and steps[-1] < planned:
             fail(f"--mixture {text}: its run is at step {steps[-1]:.0f} of {planned}; finish it first, with --resume")
     else:
@@ -146,9 +154,9 @@ def read_mixture(text, names, tokens):
             found = ", ".join(map(str, row)) if isinstance(row, dict) else repr(row)
             fail(f"--mixture {text} names {found}, but --sources are {', '.join(names)}")
         bad = [f"{k}={v}" for k, v in row.items() if not (isinstance(v, (int, float)) and 0 <= v < math.inf)]
-        if bad or not sum(row.values()) > 0:
-            fail(f"--mixture {text}: {bad[0] if bad else 'all weights are 0'}; weights must be numbers from 0 up, one "
-                 "of them above 0")
+        if bad or not 0 < sum(row.values()) < math.inf:
+            fail(f"--mixture {text}: {bad[0] if bad else 'all weights are 0, or too large'}; weights must be numbers "
+                 "from 0 up, one of them above 0")
     alphas = np.array([[row.get(name, 0.0) for name in names] for row in rows])
     return np.column_stack([fractions, alphas / alphas.sum(1, keepdims=True)])
 
@@ -206,7 +214,8 @@ def label_ends(ax, labels):
             if overlap > 1e-9:
                 heights[i - 1] -= overlap / 2
                 heights[i] += overlap / 2
-        heights[:1] = [max(low, h) for h in heights[:1]]  # stay off the axis below
+        heights[-1:] = [min(high, h) for h in heights[-1:]]  # stay within the axes, above all off the one below
+        heights[:1] = [max(low, h) for h in heights[:1]]
     for height, (_, text, colour) in zip(heights, labels):
         ax.annotate(text, (1.01, height), xycoords=("axes fraction", "data"), color=colour, va="center",
                     fontsize=10, fontweight="bold", annotation_clip=False)
@@ -265,12 +274,12 @@ def plot_run(plt, log, title):
     for n in shown:
         ax.plot(step, log["alignment"][n], color=colour[n], linewidth=0.8, alpha=0.3)
         ax.plot(step, curves[n], color=colour[n], linewidth=1.8)
-    ax.set(title="alignment with the target", xlabel="step", ylabel=r"$\langle g_{val}, g_k\rangle$", xlim=span)
+    ax.set(title="alignment with the target", xlabel="step", ylabel=r"$\langle P g_{val}, g_k\rangle$", xlim=span)
     if fit(ax, [c[2 * start:] for c in curves.values()]):
         ax.axhline(0, color=GREY, linewidth=0.8)
         label_ends(ax, [(last(curves[n]), n, colour[n]) for n in shown])
     else:
-        ax.text(0.5, 0.5, "fixed mixture: none measured", ha="center", color=GREY, transform=ax.transAxes)
+        ax.text(0.5, 0.5, "none measured", ha="center", color=GREY, transform=ax.transAxes)
     return fig
 
 
@@ -314,18 +323,20 @@ def main():
     parser.add_argument("runs", nargs="+", help="out_dir of a run; several give a comparison")
     parser.add_argument("--show", action="store_true", help="open a window as well")
     args = parser.parse_args()
-    logs = {run.rstrip("/"): read_log(run) for run in args.runs}
+    print_anything()
+    # a name that the terminal cannot encode is drawn with ? in its place
+    logs = {run.rstrip("/").encode(errors="replace").decode(): read_log(run) for run in args.runs}
     import matplotlib  # here, not above: who only reads a mixture does without it
     if not args.show:
         matplotlib.use("Agg")  # draws without a display
     import matplotlib.pyplot as plt
     plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "font.size": 10})
-    first = next(iter(logs))
+    folder, first = args.runs[0], next(iter(logs))
     if len(logs) == 1:
-        show_result(first)
-        fig, path = plot_run(plt, logs[first], f"{first}: mixture over training"), Path(first, "mixture.png")
+        show_result(folder)
+        fig, path = plot_run(plt, logs[first], f"{first}: mixture over training"), Path(folder, "mixture.png")
     else:
-        fig, path = plot_comparison(plt, logs), Path(first, "comparison.png")
+        fig, path = plot_comparison(plt, logs), Path(folder, "comparison.png")
     partial = path.with_suffix(".partial.png")
     try:
         fig.savefig(partial)

@@ -62,6 +62,12 @@ def fail(message):
     sys.exit(2)
 
 
+def print_anything():
+    """A terminal that lacks a glyph, of a bar or in a path, must not stop a program; a notebook has no terminal."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")
+
+
 def save_atomically(path, write):
     """write(file) into a temporary name, then rename: path holds the old content or the new, never a part."""
     partial = Path(f"{path}.partial")
@@ -73,7 +79,7 @@ def save_atomically(path, write):
         os.replace(partial, path)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
         partial.unlink(missing_ok=True)
-        fail(f"cannot write {path} ({str(error).splitlines()[0]}); what was there before is unharmed. Make room, then "
+        fail(f"cannot write {path} ({str(error).splitlines()[0]}); what was there before is unharmed. Mend that, then "
              "start again (a run of fastmix.py goes on with --resume)")
 
 
@@ -447,32 +453,19 @@ def sample_sets(seed):
 
 # ---- writing --------------------------------------------------------------------------------------------------------
 
-class SyncedFile:
-    """A file on its way to the disk, with the hash of its content."""
-
-    def __init__(self, path):
-        self.file, self.digest = open(path, "wb"), hashlib.sha256()
-
-    def write(self, values, dtype):
-        data = np.asarray(values, dtype=dtype).tobytes()
-        self.file.write(data)
-        self.digest.update(data)
-
-    def close(self):
-        """Returns the hash once everything is on the disk."""
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        self.file.close()
-        return self.digest.hexdigest()
-
-
 class SplitFiles:
-    """One split's .bin, for examples its .mask.bin as well, and their counts."""
+    """One split's .bin, for examples its .mask.bin as well, with their hashes and counts."""
 
     def __init__(self, folder, split, tokenizer, dtype, masked):
-        self.bin, self.dtype, self.tokenizer = SyncedFile(folder / f"{split}.bin"), dtype, tokenizer
-        self.mask = SyncedFile(folder / f"{split}.mask.bin") if masked else None
+        self.tokenizer, self.dtypes = tokenizer, {".bin": dtype} | ({".mask.bin": np.uint8} if masked else {})
+        self.files = {kind: open(folder / f"{split}{kind}", "wb") for kind in self.dtypes}
+        self.hashes = {kind: hashlib.sha256() for kind in self.dtypes}
         self.counts = {"tokens": 0, "bytes": 0, "documents": 0} | ({"learned": 0, "learned_bytes": 0} if masked else {})
+
+    def append(self, kind, values):
+        data = np.asarray(values, dtype=self.dtypes[kind]).tobytes()
+        self.files[kind].write(data)
+        self.hashes[kind].update(data)
 
     def write(self, parts):
         """
@@ -482,28 +475,33 @@ class SplitFiles:
         """
         raw = [text.encode("utf-8", "replace") for text, _ in parts]  # JSON can hold lone surrogates, no tokenizer can
         ids = self.tokenizer.encode_to_numpy(b"".join(raw).decode(), disallowed_special=())
-        self.bin.write(ids, self.dtype)
+        self.append(".bin", ids)
         self.counts["tokens"] += len(ids)
         self.counts["bytes"] += sum(map(len, raw))
-        if self.mask:
+        if ".mask.bin" in self.files:
             learned = np.repeat([flag for _, flag in parts], [len(r) for r in raw])  # of each byte
             lengths = [len(self.tokenizer.decode_single_token_bytes(i)) for i in ids.tolist()]
             mask = np.logical_or.reduceat(learned, np.cumsum([0, *lengths[:-1]]))  # of each token
-            self.mask.write(mask, np.uint8)
+            self.append(".mask.bin", mask)
             self.counts["learned"] += int(mask.sum())
             self.counts["learned_bytes"] += sum(len(r) for r, (_, flag) in zip(raw, parts) if flag)
 
     def end_document(self, learned):
-        self.bin.write([self.tokenizer.eot_token], self.dtype)
+        self.append(".bin", [self.tokenizer.eot_token])
         self.counts["tokens"] += 1
         self.counts["documents"] += 1
-        if self.mask:
-            self.mask.write([learned], np.uint8)
+        if ".mask.bin" in self.files:
+            self.append(".mask.bin", [learned])
             self.counts["learned"] += learned
 
     def close(self):
-        hashes = {"sha256": self.bin.close()} | ({"mask_sha256": self.mask.close()} if self.mask else {})
-        return self.counts | hashes
+        """Returns counts and hashes once everything is on the disk."""
+        for file in self.files.values():
+            file.flush()
+            os.fsync(file.fileno())
+            file.close()
+        return self.counts | {key: self.hashes[kind].hexdigest() for key, kind in
+                              (("sha256", ".bin"), ("mask_sha256", ".mask.bin")) if kind in self.hashes}
 
 
 def which_split(raw, seed, val_fraction, test_fraction):
@@ -600,7 +598,7 @@ class TokenSet:
                 self.open_split(folder, split, self.meta["splits"][split])
             train = self.meta["splits"]["train"]
             self.digest = [train.get("sha256"), train.get("mask_sha256")]
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
             fail(f"{folder}/meta.json cannot be read ({error!r}); {self.again}")
 
     def open_split(self, folder, split, counts):
@@ -618,6 +616,7 @@ class TokenSet:
         elif n < self.block_size + 1:
             fail(f"{folder}/{split}.bin: {n} tokens, too short for --block_size {self.block_size} (needs "
                  f"{self.block_size + 1}); give '{self.name}' more text or lower --block_size")
+        self.tokens_per_byte(split)  # raises now, and not after the run, where meta.json has no such counts
 
     def map(self, path, dtype, n):
         size = path.stat().st_size if path.is_file() else -1
@@ -629,6 +628,8 @@ class TokenSet:
     def examples(self, split):
         """Where examples start and end, (E,) and (E,): each has one <|endoftext|>, its last token."""
         ends = np.flatnonzero(self.tokens[split] == self.meta["eot_token"]) + 1
+        if not len(ends) or ends[-1] != len(self.tokens[split]):
+            fail(f"{self.name}/{split}.bin does not end in <|endoftext|> as examples do; {self.again}")
         return np.concatenate([[0], ends[:-1]]), ends
 
     def pack(self, split):
@@ -763,8 +764,8 @@ def load_sets(args, ckpt=None):
     for s in loaded.values():
         examples, long, left_out = s.cut
         if long and int(os.environ.get("RANK", 0)) == 0:
-            print(f"{s.name}: of {examples:,} examples {long:,} are longer than --block_size {args.block_size} and lose "
-                  f"their end; {left_out:,} of these have a prompt as long and are left out")
+            print(f"{s.name}: of {examples:,} examples {long:,} are longer than --block_size {args.block_size} and "
+                  f"lose their end; {left_out:,} of these have a prompt as long and are left out")
     return tuple([loaded[n] for n in given] for given in names.values())
 
 
@@ -784,6 +785,7 @@ def main():
     parser.add_argument("--seed", type=int, default=1337, help="of the split and of `noise` (default: 1337)")
     parser.add_argument("--overwrite", action="store_true", help="replace prepared sets of the same name")
     args = parser.parse_args()
+    print_anything()
     if not (args.val_fraction > 0 and args.test_fraction > 0 and args.val_fraction + args.test_fraction < 1):
         fail(f"--val_fraction {args.val_fraction} and --test_fraction {args.test_fraction} must be above 0 and leave "
              "something to train on")

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import fastmix
-from conftest import TINY, markov, refused, run, write_set
+from conftest import TINY, example_set, markov, refused, run, write_set
 
 FAST = [*TINY, "--max_steps", 2]
 
@@ -32,6 +32,14 @@ def broken(synthetic, tmp_path_factory):
         path.write_bytes(path.read_bytes()[:-cut])
     write_set(folder / "data" / "lost", good)
     (folder / "data" / "lost" / "test.bin").unlink()
+    for name, wrong in (("unweighed", {"bytes": 0}), ("unknown", {"learned": None})):
+        write_set(folder / "data" / name, good)
+        meta = json.loads((folder / "data" / name / "meta.json").read_text())
+        meta["splits"]["test"] |= wrong
+        (folder / "data" / name / "meta.json").write_text(json.dumps(meta))
+    example_set(folder / "data" / "endless", 1, 2, n=60)
+    path = folder / "data" / "endless" / "train.bin"
+    path.write_bytes(bytes(path.stat().st_size))
     write_set(folder / "data" / "meta", good)
     (folder / "data" / "meta" / "meta.json").write_text('{"tokenizer": ')
     run("fastmix.py", *FAST, "--sources", "a,b", "--out_dir", "done", cwd=folder)
@@ -41,6 +49,8 @@ def broken(synthetic, tmp_path_factory):
     (folder / "empty.jsonl").write_text("")
     rows = (folder / "done" / "log.jsonl").read_text().splitlines(keepends=True)
     (folder / "running.jsonl").write_text("".join(rows[:-1]))  # before its last report
+    (folder / "joined.jsonl").write_text("".join(rows[:-1] + rows))
+    (folder / "nan.jsonl").write_text(rows[0].replace('"step": 0', '"step": NaN') + rows[1])
     (folder / "halved.jsonl").write_text("".join(rows)[:-9])  # in the middle of it
     (folder / "stepless.jsonl").write_text('{"alpha": {"a": 1.0, "b": 1.0}}\n')
     (folder / "wordy.jsonl").write_text('{"alpha": {"a": 1.0}, "step": "many"}\n')
@@ -67,6 +77,9 @@ CASES = {
     "fewer tokens": (["--sources", "a,fewer"], "fewer/train.bin: 1900 bytes"),
     "missing split": (["--sources", "a,lost"], "lost/test.bin: missing"),
     "broken meta.json": (["--sources", "a,meta"], "meta/meta.json cannot be read"),
+    "no bytes counted": (["--sources", "a,unweighed"], "unweighed/meta.json cannot be read (ZeroDivisionError"),
+    "learned unknown": (["--sources", "a,unknown"], "unknown/meta.json cannot be read (TypeError"),
+    "examples without end": (["--sources", "endless"], "endless/train.bin does not end in <|endoftext|>"),
     "id outside": (["--sources", "outside", "--max_steps", "200", "--out_dir", "found-late"],
                    "token id 64, outside the vocabulary of 64"),
     "mixture of others": ([*AB, "--mixture", "x=1"], "names x, but --sources are a, b"),
@@ -76,6 +89,9 @@ CASES = {
     "NaN in a file": ([*AB, "--mixture", "nan.json"], "a=nan"),
     "infinite weight": ([*AB, "--mixture", "a=inf,b=1"], "a=inf"),
     "all zero": ([*AB, "--mixture", "a=0,b=0"], "all weights are 0"),
+    "a sum without end": ([*AB, "--mixture", "a=1e308,b=1e308"], "all weights are 0, or too large"),
+    "two logs in one": ([*AB, "--mixture", "joined.jsonl"], "its steps do not rise"),
+    "a step that is none": ([*AB, "--mixture", "nan.jsonl"], "its steps do not rise"),
     "weight twice": ([*AB, "--mixture", "a=1,a=2"], "given twice"),
     "not a mixture": ([*AB, "--mixture", "best"], "uniform, proportional"),
     "no such file": ([*AB, "--mixture", "gone.json"], "gone.json: No such file"),
@@ -93,8 +109,11 @@ CASES = {
     "log with words": ([*AB, "--mixture", "wordy.jsonl"], "wordy.jsonl: not a mixture that fastmix wrote"),
     "no log": ([*AB, "--mixture", "rows.jsonl"], "rows.jsonl: not a mixture that fastmix wrote"),
     "another run there": (["--sources", "a,b", "--out_dir", "done"], "done/ holds another run",
-                          "delete it with: rm -r done"),
-    "nothing to resume": ([*AB, "--resume"], "no checkpoint"),
+                          "delete it with: rm done/log.jsonl done/ckpt.pt done/mixture.json"),
+    "no folder": (["--sources", "a,b", "--out_dir", ""], "--out_dir '' is not the name of a folder"),
+    "a file": (["--sources", "a,b", "--out_dir", "wrong.json"], "--out_dir 'wrong.json' is not the name of a folder"),
+    "nothing to resume": ([*AB, "--resume"], "no checkpoint there; leave --resume out, or correct --out_dir"),
+    "data to resume": (["--resume", "--out_dir", "data"], "no checkpoint there; leave --resume out"),
     "other sources": (["--resume", "--out_dir", "done", "--sources", "a,c"], "--sources a,b, not a,c"),
     "other model": (["--resume", "--out_dir", "done", "--n_layer", "2"], "--n_layer 1, not 2"),
     "heads": ([*AB, "--n_head", "3"], "--n_embd 32 must be an even multiple of --n_head 3"),
@@ -200,6 +219,7 @@ def test_one_sequence_a_step_is_enough_for_a_fixed_mixture(broken):
         "--out_dir", "single", cwd=broken)
     run("fastmix.py", *FAST, "--sources", "a,b", "--batch_size", 1, "--target_batch_size", 1, "--grad_accum", 2,
         "--out_dir", "pair", cwd=broken)
+    run("fastmix.py", "--resume", "--batch_size", 1, "--out_dir", "single", cwd=broken)  # repeating a flag does no harm
 
 
 def test_another_run_is_deleted_as_the_message_says(broken):

@@ -105,8 +105,8 @@ def test_logs_that_are_no_schedule(tmp_path, capsys, rows, part):
 def test_log_is_cut_back_to_the_checkpoint(tmp_path):
     """Without the rows after it and a line cut short; a new run begins with none."""
     names, path = ["a", "b"], tmp_path / "log.jsonl"
-    for step, kept in ((-1, []), (6, [0, 5]), (5, [0, 5]), (0, [0]), (-1, [])):
-        with open_log(tmp_path, step) as log:
+    for step, kept in ((-1, []), (5, [0, 5]), (5, [0, 5]), (0, [0]), (-1, [])):
+        with open_log(tmp_path, step, names) as log:
             assert [json.loads(row)["step"] for row in path.read_text().splitlines()] == kept
             for new in [0, 5, 10][len(kept):]:
                 row = append_row(log, names, step=new, alpha=torch.tensor([0.25, 0.75]),

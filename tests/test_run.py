@@ -412,3 +412,41 @@ def test_a_whole_checkpoint_passes(synthetic, stdout):
     torch.save(ckpt, out / "ckpt.pt")
     run("fastmix.py", "--resume", "--out_dir", "longer", cwd=synthetic)
     assert [r["step"] for r in log_rows(out)] == list(range(0, 26, 5))
+
+
+def test_a_log_that_is_not_the_runs_gets_one_line(synthetic, stdout):
+    """On --resume, before anything is trained; the files stay as they are."""
+    log = (synthetic / "whole" / "log.jsonl").read_text()
+    rows = log.splitlines(keepends=True)
+    logs = {"missing": None, "empty": "", "garbage": "garbage\n" + log, "a blank line": rows[0] + "\n" + log,
+            "objects": "{}\n" * 5, "lists": "[]\n" * 5, "too short": "".join(rows[:2]),
+            "without its start": "".join(rows[1:]),
+            "another's": log.replace('"noise"', '"c"'), "no text": "\udcff" + log}
+
+    def once(item):
+        name, text = item
+        out = synthetic / f"log {name}"
+        out.mkdir()
+        shutil.copy(synthetic / "whole" / "ckpt.pt", out)
+        if text is not None:
+            (out / "log.jsonl").write_text(text, errors="surrogateescape")
+        before = {f.name: f.read_bytes() for f in out.iterdir()}
+        line = refused("fastmix.py", "--resume", "--out_dir", out.name, cwd=synthetic)
+        assert {f.name: f.read_bytes() for f in out.iterdir()} == before
+        return name, line
+    with ThreadPoolExecutor(2) as pool:
+        for name, line in pool.map(once, logs.items()):
+            wanted = "No such file" if name == "missing" else "is not the log of the run in ckpt.pt"
+            assert f"log {name}/log.jsonl" in line and wanted in line and "another --out_dir" in line, line
+
+
+def test_paths_that_the_terminal_cannot_encode(synthetic, tmp_path):
+    """All three programs print a path with ? for the letter and go on."""
+    env = {"LC_ALL": "C", "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    command = [sys.executable, ROOT / "fastmix.py", *BASE[:-1], 2, "--data_dir", synthetic / "data", "--out_dir", "ö"]
+    (tmp_path / "a.txt").write_text("".join(f"some words in line {i}\n" for i in range(2000)))
+    for argv in (command, [sys.executable, ROOT / "plot_mixture.py", "ö"],
+                 [sys.executable, ROOT / "prepare_data.py", "x=a.txt", "--data_dir", "dö"]):
+        done = subprocess.run(list(map(str, argv)), cwd=tmp_path, env=os.environ | env, capture_output=True, text=True)
+        assert done.returncode == 0 and not done.stderr and "?" in done.stdout, (done.stdout, done.stderr)
+    assert (tmp_path / "ö" / "mixture.png").exists() and (tmp_path / "dö" / "x" / "meta.json").exists()
