@@ -36,10 +36,10 @@ import torch
 import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
-from model import (GPT, GPTConfig, accuracy, add_up, asked_to_stop, learning_rate_at, open_run, ranks, restore,
+from model import (GPT, GPTConfig, add_up, asked_to_stop, learning_rate_at, load_sets, open_run, ranks, restore,
                    save_checkpoint, start_machine)
 from plot_mixture import append_row, mixture_at, open_log, progress, read_mixture, result_table, save_result
-from prepare_data import IGNORE, fail, gather, load_sets
+from prepare_data import IGNORE, fail, gather, say
 
 TEST_TOKENS = 2**18  # at most so many tokens of each test split are evaluated at the end
 DECAY = 0.9  # what an outer step keeps of the running mean of the target's gradient
@@ -291,10 +291,10 @@ def evaluate(model, head, data, split, max_tokens, batch_size):
 
 def main():
     args, ckpt = open_run(parse_args)
-    sources, targets = load_sets(args, ckpt)
+    sources, targets, target_weights = load_sets(args, ckpt)
     device, autocast = start_machine(args)
     (rank, world), out, searching = ranks(), Path(args.out_dir), args.mixture is None
-    say = print if rank == 0 else lambda *_, **__: None
+    tell = say if rank == 0 else lambda *_: None
     names, K, T = [s.name for s in sources], len(sources), args.block_size
     sets = dict.fromkeys((*sources, *targets))  # each once, in order
     n_sequences = args.batch_size * args.grad_accum
@@ -325,10 +325,10 @@ def main():
     settings = {"args": vars(args), "config": vars(net.config), "tokenizer": sources[0].tokenizer,
                 "digests": {s.name: s.digest for s in sets}}
     log = open_log(out, state.step if args.resume else -1, names)
-    say(f"{net.num_params():,} parameters, {tokens_per_step:,} tokens a step, {device}, sources {args.sources}; target "
-        f"{args.target}; {'searching' if searching else f'mixture {args.mixture}'}")
+    tell(f"{net.num_params():,} parameters, {tokens_per_step:,} tokens a step, {device}, sources {args.sources}; "
+         f"target {args.target}; {'searching' if searching else f'mixture {args.mixture}'}")
     if searching and n_sequences < K:
-        say(f"warning: with {n_sequences} sequences a step for {K} sources, each step compares only some of them")
+        tell(f"warning: with {n_sequences} sequences a step for {K} sources, each step compares only some of them")
 
     # sums since the last report; the names on the left are rows of one tensor
     loss_sum, learned_sum = sums = torch.zeros(2, K, device=device)  # of each source, over its learned tokens
@@ -346,7 +346,7 @@ def main():
                                  for t in targets}
             taken, seconds = step - max(state.reported, 0), time.time() - clock
             train_loss = add_up(weighted_loss).item() / max(taken, 1)
-            target_loss = sum(target_losses.values()) / len(targets)
+            target_loss = float(np.dot(target_weights, list(target_losses.values())))
             if not (math.isfinite(train_loss + target_loss) and all(p.isfinite().all() for p in net.parameters())):
                 fail(f"the loss is no longer finite at step {step}; the last good checkpoint stays. Lower "
                      f"--learning_rate {args.learning_rate:g} in a new run, or --resume if it was the machine")
@@ -356,14 +356,14 @@ def main():
                 train_loss=train_loss if taken else None, source_loss=loss_sum / learned_sum,
                 target_val_loss=target_loss, target_losses=target_losses, tokens=step * tokens_per_step,
                 seconds=round(state.seconds, 3))
-            say(progress(row, taken / seconds), flush=True)
+            tell(progress(row, taken / seconds))
             for t in (sums, measured, weighted_loss):
                 t.zero_()
             save_checkpoint(out / "ckpt.pt", net, optimizer, state, settings)
         if last:
             break
         if stop:
-            say(f"stopped at step {step}; go on with: python fastmix.py --resume --out_dir {out}")
+            tell(f"stopped at step {step}; go on with: python fastmix.py --resume --out_dir {out}")
             sys.exit(130)
 
         # ---- outer step, first half: the target's gradient, averaged over outer steps
@@ -371,9 +371,8 @@ def main():
         PG = None
         if outer:
             rng = np.random.default_rng((args.seed, step, 1))  # of the step, so that a run that goes on draws the same
-            equal = [1 / len(targets)] * len(targets)
-            _, which, x, y = draw_batch(targets, "val", equal, args.target_batch_size, rng)
-            # each target counts the same, however few of its tokens are learned
+            _, which, x, y = draw_batch(targets, "val", target_weights, args.target_batch_size, rng)
+            # each target counts by its weight, however few of its tokens are learned
             r = torch.tensor([1 / t.density("val") for t in targets])[which]
             x, y, r = (tensor.to(device) for tensor in (x, y, r))
             with autocast:
@@ -426,21 +425,21 @@ def main():
     # ---- results
     with autocast:
         val = {s.name: evaluate(model, head, s, "val", args.eval_tokens, args.batch_size) for s in sets}
-        test = {}
-        for t in targets:
-            loss = evaluate(model, head, t, "test", TEST_TOKENS, args.batch_size)
-            test[t.name] = {"val_loss": val[t.name], "test_loss": loss, "learned_only": bool(t.masks),
-                            "test_bits_per_byte": loss / math.log(2) * t.tokens_per_byte("test"),
-                            **accuracy(model, head, *t.answers(TEST_TOKENS), args.batch_size)}
+        test = {t.name: evaluate(model, head, t, "test", TEST_TOKENS, args.batch_size) for t in targets}
     if rank == 0:
         result = save_result(
-            out, names, targets=test, searched=searching,
+            out, names, searched=searching,
+            targets={t.name: {"weight": weight, "val_loss": val[t.name], "test_loss": test[t.name],
+                              "test_bits_per_byte": test[t.name] / math.log(2) * t.tokens_per_byte("test"),
+                              "learned_only": t.masked} for t, weight in zip(targets, target_weights)},
             mixtures={"last": alpha, "last_half_average": state.half_sum, "run_average": state.run_sum},
             sources={"tokens_available": available, "tokens_seen": state.drawn,
-                     "val_loss": torch.tensor([val[n] for n in names])},
+                     "val_loss": torch.tensor([val[n] for n in names]),
+                     **dict(zip(("bytes_per_token", "tokens_per_document"),
+                                torch.tensor([s.averages() for s in sources]).T))},
             tokenizer=settings["tokenizer"], seed=args.seed, steps=step, tokens=step * tokens_per_step,
             seconds=round(state.seconds, 1), torch=torch.__version__, settings=vars(args))
-        print(f"\n{result_table(result)}\nwrote {out}/mixture.json, log.jsonl and ckpt.pt; draw them with: "
+        say(f"\n{result_table(result)}\nwrote {out}/mixture.json, log.jsonl and ckpt.pt; draw them with: "
               f"python plot_mixture.py {out}")
     if world > 1:
         dist.destroy_process_group()

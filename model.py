@@ -1,5 +1,5 @@
 """
-A GPT in the style of nanoGPT, and what a training loop needs around it: optimizer, machine, checkpoints.
+A GPT in the style of nanoGPT, and what a training loop needs around it: optimizer, machine, checkpoints, its sets.
 
 The GPT differs from nanoGPT's in two points.
 
@@ -13,6 +13,7 @@ out which ones are neighbours, and stays at the loss of single letters for most 
 positions a checkpoint can go on with another block size.
 """
 import contextlib
+import itertools
 import math
 import os
 import shlex
@@ -25,7 +26,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
-from prepare_data import IGNORE, fail, print_anything, save_atomically
+from prepare_data import SAMPLE_SOURCES, SAMPLE_TARGETS, SKETCH, TokenSet, fail, launched_rank, save_atomically, say
 
 
 @dataclass
@@ -128,28 +129,15 @@ def learning_rate_at(step, args):
     return args.learning_rate * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * done)))
 
 
-@torch.no_grad()
-def accuracy(model, head, X, Y, batch_size):
-    """
-    Share of answers that greedy decoding gives exactly, and their number, as a dict, empty without any. X, Y (n, T):
-    inputs and targets, IGNORE but at the answer. Greedy decoding repeats an answer if, and only if, the likeliest token
-    after every true prefix is the true one, so one forward pass tells.
-    """
-    right = 0
-    for i in range(0, len(X), batch_size):
-        x, y = (torch.from_numpy(t[i: i + batch_size]).to(head.device) for t in (X, Y))  # (B, T)
-        hidden, asked = model(x), y != IGNORE
-        wrong = torch.zeros_like(asked)
-        wrong[asked] = (hidden[asked] @ head.to(hidden.dtype).T).argmax(1) != y[asked]
-        right += (~wrong.any(1)).sum().item()
-    return {"accuracy": right / len(X), "answers": len(X)} if len(X) else {}
-
-
 # ---- the machine ----------------------------------------------------------------------------------------------------
 
 def start_machine(args):
     """(device, autocast context) of the flags; under torchrun this process joins the others."""
-    print_anything()
+    launch = {name: os.environ[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE") if name in os.environ}
+    whole = len(launch) == 3 and all(n.isdigit() for n in launch.values()) and "MASTER_PORT" in os.environ
+    if launch and not (whole and int(launch["RANK"]) < int(launch["WORLD_SIZE"])):
+        given = " ".join(f"{name}={value}" for name, value in launch.items())
+        fail(f"{given} in the environment is not what torchrun sets; unset it to run one process, or start with torchrun")
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch on Linux: huge pages, fewer faults in new large tensors
     device, world = args.device, int(os.environ.get("WORLD_SIZE", 1))
     if device == "auto":
@@ -218,8 +206,8 @@ def load_checkpoint(path, mend):
     try:  # weights_only: a checkpoint from a stranger must not run code
         ckpt = torch.load(path, map_location="cpu", weights_only=True)
         missing = CHECKPOINT - ckpt.keys() or GPTConfig.__dataclass_fields__.keys() - ckpt["config"].keys()
-    except FileNotFoundError:
-        fail(f"{path}: no checkpoint there; {mend}")
+    except OSError as error:
+        fail(f"no checkpoint can be read at {path} ({error.strerror}); {mend}")
     except Exception as error:  # whatever a file that is none of ours may raise
         fail(f"{path} cannot be read as a checkpoint ({type(error).__name__}); {mend}")
     if missing:
@@ -247,12 +235,12 @@ def open_run(parse_args):
                 fail(f"{path} was made with --{k} {stored[k]}, not {v}; resume without that flag, or start a new run "
                      "in another --out_dir")
         return args, ckpt
-    if not args.out_dir or out.exists() and not out.is_dir():
+    if not args.out_dir or os.path.lexists(out) and not out.is_dir():
         fail(f"--out_dir '{args.out_dir}' is not the name of a folder; choose another")
     held = [str(out / f) for f in ("log.jsonl", "ckpt.pt", "mixture.json") if (out / f).exists()]
     if held:
-        fail(f"{out}/ holds another run; add --resume to go on with it, choose another --out_dir, or delete it with: "
-             f"rm {shlex.join(held)}")
+        go_on = "add --resume to go on with it, " if (out / "ckpt.pt").exists() else ""
+        fail(f"{out}/ holds another run; {go_on}choose another --out_dir, or delete it with: rm {shlex.join(held)}")
     if args.init_from:
         ckpt = load_checkpoint(args.init_from, "--init_from takes a ckpt.pt that fastmix.py wrote")
         args = parse_args({f: ckpt["config"][f] for f in (*MODEL_FLAGS, "block_size")})
@@ -279,3 +267,73 @@ def restore(ckpt, path, model, optimizer=None, state=None):
             vars(state).update(stored)
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
         fail(f"{path}: its contents do not fit its settings; it is damaged, or was not written by this fastmix.py")
+
+
+# ---- the run's sets -------------------------------------------------------------------------------------------------
+
+def overlap(some, others):
+    """
+    About the share of one split's documents that another holds too, from the sketches in their meta.json. A sketch has
+    all hashes up to its last; where it is not cut off, all there are.
+    """
+    a, b = (counts.get("sketch", "").split() for counts in (some, others))
+    known = min((sketch[-1] for sketch in (a, b) if len(sketch) == SKETCH), default="g")  # "g" is beyond any hash
+    seen = [hashed for hashed in a if hashed <= known]
+    return len(set(seen) & set(b)) / max(len(seen), 1)
+
+
+def parse_names(flag, text):
+    """a,b or, for a target, a=2,b=1 -> {name: weight}, 1 where none is given."""
+    weights = {}
+    for item in text.split(","):
+        name, equals, weight = (part.strip() for part in item.partition("="))
+        if not name:
+            fail(f"{flag} '{text}' has an empty name; give names separated by commas")
+        if name in weights:
+            fail(f"{flag} names {name} twice")
+        try:
+            weights[name] = float(weight) if equals else 1.0
+        except ValueError:
+            weights[name] = math.nan
+        if not 0 < weights[name] < math.inf or equals and flag == "--sources":
+            fail(f"{flag} '{text}': '{item}' is not a name" + " or NAME=WEIGHT, a weight above 0" * (flag == "--target"))
+    return weights
+
+
+def load_sets(args, ckpt=None):
+    """
+    The sets that --sources and --target name -> (sources, targets, the targets' weights, which sum to 1), TokenSets and
+    floats; args.sources and args.target then say what was used. ckpt is the checkpoint that training starts from.
+    Whatever is wrong with the data ends here, or is said.
+    """
+    if args.sources is None:  # the sample: go on with what this machine has
+        there = [n for n in SAMPLE_SOURCES if Path(args.data_dir, n, "meta.json").is_file()]
+        args.sources = ",".join(there or SAMPLE_SOURCES)
+        args.target = SAMPLE_TARGETS[0] if args.target is None else args.target
+    args.target = args.sources if args.target is None else args.target
+    sources, targets = parse_names("--sources", args.sources), parse_names("--target", args.target)
+    loaded = {n: TokenSet(args.data_dir, n, args.block_size) for n in sources | targets}
+    if args.resume and ckpt["digests"] != {n: s.digest for n, s in loaded.items()}:
+        fail(f"the data in {args.data_dir}/ is not what {args.out_dir}/ckpt.pt was trained on; prepare it as it was, "
+             "or start a new run in another --out_dir")
+    made_with = {f"'{s.name}'": (s.tokenizer, s.vocab_size) for s in loaded.values()}
+    if ckpt:
+        path = f"{args.out_dir}/ckpt.pt" if args.resume else args.init_from
+        made_with[path] = ckpt["tokenizer"], ckpt["config"]["vocab_size"]
+    (first, (tokenizer, size)), *others = made_with.items()
+    for other, found in others:
+        if found != (tokenizer, size):
+            fail(f"{other} was made with the tokenizer {found[0]} ({found[1]} ids), {first} with {tokenizer} ({size}); "
+                 "prepare all with the same --tokenizer")
+    warn = say if launched_rank() == 0 else lambda *_: None
+    for s in loaded.values():
+        examples, long, left_out = s.cut
+        if long:
+            warn(f"{s.name}: of {examples:,} examples {long:,} are longer than --block_size {args.block_size} and "
+                 f"lose their end; {left_out:,} of these have a prompt as long and are left out")
+    for t, s, split in itertools.product(targets, sources, ("val", "test")):
+        share = overlap(loaded[t].meta["splits"][split], loaded[s].meta["splits"]["train"])
+        if share > 0:
+            warn(f"warning: about {share:.0%} of the {split} split of target {t} is in the train split of source {s}")
+    total = sum(targets.values())
+    return [loaded[n] for n in sources], [loaded[n] for n in targets], [w / total for w in targets.values()]

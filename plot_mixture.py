@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from prepare_data import fail, print_anything, save_atomically
+from prepare_data import fail, launched_rank, lock, save_atomically, say
 
 # Okabe and Ito's palette: told apart with any kind of colour vision. Beyond it, sources share a grey "others".
 COLOURS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#B8A600"]
@@ -24,20 +24,25 @@ GREY, INK = "#999999", "#222222"
 # ---- logs and mixtures, written and read ----------------------------------------------------------------------------
 
 def open_log(out, step, names):
-    """out/log.jsonl, opened to append rows, cut back to those up to the step of the checkpoint (-1: a new run)."""
-    if int(os.environ.get("RANK", 0)) > 0:
+    """out/log.jsonl, opened to append rows and held, cut back to those up to the step of the checkpoint (-1: a new run)."""
+    if launched_rank() > 0:
         return open(os.devnull, "a")
     path, kept = Path(out, "log.jsonl"), []
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        log = open(path, "a" if step < 0 else "r+")
+        lock(log, out, "wait until it has ended, or choose another --out_dir")
+        lines = path.read_text().splitlines(keepends=True)
+        if step < 0 and lines:  # there were none when this program began
+            fail(f"{path} is the log of another run; choose another --out_dir")
         if step >= 0:
-            lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-            kept = [line for line in lines if json.loads(line)["step"] <= step]
+            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
             first, last = json.loads(kept[0]), json.loads(kept[-1])
             if (first["step"], last["step"], list(first["alpha"])) != (0, step, names):
                 raise ValueError
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_atomically(path, lambda f: f.write("".join(kept).encode()))
-        return open(path, "a")
+            log.truncate(len("".join(kept).encode()))
+            log.seek(0, os.SEEK_END)
+        return log
     except OSError as error:
         fail(f"cannot open {path}: {error.strerror}; mend that, or start a new run in another --out_dir")
     except (ValueError, KeyError, TypeError, IndexError):
@@ -313,7 +318,7 @@ def show_result(run):
     path = Path(run, "mixture.json")
     try:
         if path.exists():
-            print(result_table(json.loads(path.read_text())))
+            say(result_table(json.loads(path.read_text())))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         fail(f"{path}: not what this fastmix.py writes ({error!r})")
 
@@ -323,7 +328,6 @@ def main():
     parser.add_argument("runs", nargs="+", help="out_dir of a run; several give a comparison")
     parser.add_argument("--show", action="store_true", help="open a window as well")
     args = parser.parse_args()
-    print_anything()
     # a name that the terminal cannot encode is drawn with ? in its place
     logs = {run.rstrip("/").encode(errors="replace").decode(): read_log(run) for run in args.runs}
     import matplotlib  # here, not above: who only reads a mixture does without it
@@ -344,7 +348,7 @@ def main():
     except OSError as error:
         partial.unlink(missing_ok=True)
         fail(f"cannot write {path}: {error.strerror}")
-    print(f"wrote {path}")
+    say(f"wrote {path}")
     if args.show:
         plt.show()
 

@@ -105,7 +105,7 @@ def test_logs_that_are_no_schedule(tmp_path, capsys, rows, part):
 def test_log_is_cut_back_to_the_checkpoint(tmp_path):
     """Without the rows after it and a line cut short; a new run begins with none."""
     names, path = ["a", "b"], tmp_path / "log.jsonl"
-    for step, kept in ((-1, []), (5, [0, 5]), (5, [0, 5]), (0, [0]), (-1, [])):
+    for step, kept in ((-1, []), (5, [0, 5]), (5, [0, 5]), (0, [0])):
         with open_log(tmp_path, step, names) as log:
             assert [json.loads(row)["step"] for row in path.read_text().splitlines()] == kept
             for new in [0, 5, 10][len(kept):]:
@@ -114,6 +114,8 @@ def test_log_is_cut_back_to_the_checkpoint(tmp_path):
                 assert row == {"step": new, "alpha": {"a": 0.25, "b": 0.75}, "alignment": {"a": None, "b": 1.0}}
                 assert path.read_text().endswith(json.dumps(row) + "\n")
             log.write('{"step": 1')
+    with pytest.raises(SystemExit):  # another run has begun here meanwhile
+        open_log(tmp_path, -1, names)
 
 
 def test_progress_line():

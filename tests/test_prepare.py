@@ -65,7 +65,7 @@ def test_round_trip(tmp_path, suffix):
         assert counts["bytes"] == sum(len(t.encode()) for t in found[split])
         assert counts["tokens"] == counts["bytes"] + counts["documents"] == len(tokens(folder, split))
         assert counts["sha256"] == prepare_data.hashlib.sha256((folder / f"{split}.bin").read_bytes()).hexdigest()
-    assert meta["dtype"] == "uint16" and not meta["split_within_documents"]
+    assert meta["dtype"] == "uint16" and meta["documents"] == 400 and meta["origin"] == f"web{suffix}"
 
 
 def test_split_does_not_depend_on_order_and_keeps_duplicates_together(tmp_path):
@@ -95,11 +95,10 @@ def test_folders_files_and_globs(tmp_path):
             documents(tmp_path / "data" / "glob", split, prepare_data.bytes_tokenizer()))
 
 
-def test_one_document_is_split_within(tmp_path):
+def test_one_long_document_is_divided_by_the_page(tmp_path):
     text = "".join(f"line {i} of a long book\n" for i in range(20_000))
     (tmp_path / "book.txt").write_text(text)
-    stdout = run("prepare_data.py", "book=book.txt", cwd=tmp_path)
-    assert "split within documents" in stdout
+    assert "(1 documents)" in run("prepare_data.py", "book=book.txt", cwd=tmp_path)
     found = {s: documents(tmp_path / "data" / "book", s, prepare_data.bytes_tokenizer()) for s in SPLITS}
     lines = {s: "".join(found[s]).splitlines() for s in SPLITS}
     assert sorted(sum(lines.values(), [])) == sorted(text.splitlines())  # each line whole, and in one split only
@@ -168,22 +167,22 @@ def test_bad_input(tmp_path):
     (tmp_path / "file").write_text("")
     run("prepare_data.py", "there=good.jsonl", cwd=tmp_path)
     cases = {
-        "key.jsonl": (["x=key.jsonl"], "key.jsonl, line 100: no text under the key 'text' (found: content)"),
+        "key.jsonl": (["x=key.jsonl"], "key.jsonl, line 100: no known key in it, but content; known are text, messages"),
         "type": (["x=type.jsonl"], "type.jsonl, line 100"),
         "json": (["x=json.jsonl"], "json.jsonl, line 100: not JSON"),
         "list": (["x=list.jsonl"], "list.jsonl, line 100"),
         "latin": (["x=latin.txt"], "latin.txt: not UTF-8 at byte 20001"),
         "latin jsonl": (["x=latin.jsonl"], "latin.jsonl, line 1: not UTF-8"),
-        "cut gzip": (["x=cut.jsonl.gz"], "cut.jsonl.gz: broken gzip file"),
-        "tiny": (["x=tiny.txt"], "split is empty"),
-        "void": (["x=void.txt"], "split is empty"),
-        "missing": (["x=gone"], "gone: no file there"),
+        "cut gzip": (["x=cut.jsonl.gz"], "cannot read cut.jsonl.gz (Compressed file ended"),
+        "tiny": (["x=tiny.txt"], "x: 1 different documents", "too few for train, val and test"),
+        "void": (["x=void.txt"], "x: void.txt holds no text"),
+        "missing": (["x=gone"], "gone: no text there"),
         "no name": (["good.jsonl"], "is not NAME=PATH"),
         "bad name": (["../x=good.jsonl"], "is not NAME=PATH"),
         "twice": (["x=good.jsonl", "x=key.jsonl"], "the name x is given twice"),
         "there": (["there=good.jsonl"], "data/there exists", "--overwrite"),
         "fractions": (["x=good.jsonl", "--val_fraction", "0.7", "--test_fraction", "0.4"], "--val_fraction 0.7"),
-        "no tokenizer file": (["x=good.jsonl", "--tokenizer", "gone.tiktoken"], "gone.tiktoken: no such file"),
+        "no tokenizer file": (["x=good.jsonl", "--tokenizer", "gone.tiktoken"], "gone.tiktoken cannot be read: No such"),
         "bad tokenizer file": (["x=good.jsonl", "--tokenizer", "bad.tiktoken"], "bad.tiktoken, line 1"),
         "unknown tokenizer": (["x=good.jsonl", "--tokenizer", "nope"], "--tokenizer bytes"),
         "not a folder": (["x=good.jsonl", "--data_dir", "file"], "cannot write"),
@@ -247,13 +246,13 @@ def test_sample(sample):
         sizes[name] = sum(splits[s]["tokens"] for s in SPLITS)
         assert min(splits[s]["tokens"] for s in SPLITS) > 2000, name
     assert all(1.5e6 < sizes[n] < 4.1e6 for n in sizes if n != "legal") and sizes["legal"] < 1e6, sizes
-    for name in ("describe", "implement", "evaluate", "declare", "unicode", "numpy_tasks"):
+    for name in ("describe", "implement", "declare", "numpy_tasks"):
         meta = json.loads((sample / "data" / name / "meta.json").read_text())
         learned = meta["splits"]["train"]["learned"] / meta["splits"]["train"]["tokens"]
         assert meta["schema"] == "prompt/response" and 0.1 < learned < 0.8, (name, learned)
-        assert sum(meta["splits"][s]["documents"] for s in SPLITS) > 3000, name
+        assert sum(meta["splits"][s]["documents"] for s in SPLITS) > 1500, name
     kept = run("prepare_data.py", cwd=sample)
-    assert kept.count("is there already, kept") == 13
+    assert kept.count("is there already, kept") == 11
     assert "other settings" in refused("prepare_data.py", "--seed", "3", cwd=sample)
 
 
@@ -274,9 +273,9 @@ def test_the_readmes_main_command_shortened(sample):
 def test_the_readmes_instruction_commands_shortened(sample):
     """(a) instructions toward a fourth kind, from a checkpoint; (b) pre-training sources toward instructions."""
     run("fastmix.py", *SMALL, "--out_dir", "base", cwd=sample)
-    sets = ["--sources", "describe,implement,evaluate,declare,unicode", "--target", "numpy_tasks"]
+    sets = ["--sources", "describe,implement,declare", "--target", "numpy_tasks"]
     short = ["--block_size", 256, "--batch_size", 8, "--max_steps", 2, "--eval_tokens", 2048]
     stdout = run("fastmix.py", "--init_from", "base/ckpt.pt", *sets, *short, "--out_dir", "tasks", cwd=sample)
-    assert stdout.count("short answers right") == 1
+    assert "nats a learned token" in stdout and "warning" not in stdout
     run("fastmix.py", "--target", "numpy_tasks", *SMALL, *short, "--out_dir", "toward", cwd=sample)
     assert json.loads((sample / "toward" / "mixture.json").read_text())["target"] == ["numpy_tasks"]
