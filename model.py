@@ -206,8 +206,10 @@ def load_checkpoint(path, mend):
     try:  # weights_only: a checkpoint from a stranger must not run code
         ckpt = torch.load(path, map_location="cpu", weights_only=True)
         missing = CHECKPOINT - ckpt.keys() or GPTConfig.__dataclass_fields__.keys() - ckpt["config"].keys()
+    except FileNotFoundError:
+        fail(f"{path}: no checkpoint there; {mend}")
     except OSError as error:
-        fail(f"no checkpoint can be read at {path} ({error.strerror}); {mend}")
+        fail(f"cannot read {path}: {error.strerror}")
     except Exception as error:  # whatever a file that is none of ours may raise
         fail(f"{path} cannot be read as a checkpoint ({type(error).__name__}); {mend}")
     if missing:

@@ -252,8 +252,8 @@ def test_links_that_lead_nowhere(three):
     assert "nowhere: no text there" in refused("prepare_data.py", "x=nowhere", cwd=three)
     assert "no set 'gone'" in refused("fastmix.py", *TINY, "--sources", "a,gone", cwd=three)
     assert "--out_dir 'nowhere' is not" in refused("fastmix.py", *RUN, "--out_dir", "nowhere", cwd=three)
-    assert "no checkpoint can be read at nowhere" in refused("fastmix.py", *RUN, "--init_from", "nowhere", cwd=three)
-    assert "no checkpoint can be read at nowhere" in refused("fastmix.py", "--resume", "--out_dir", "nowhere", cwd=three)
+    assert "nowhere: no checkpoint there" in refused("fastmix.py", *RUN, "--init_from", "nowhere", cwd=three)
+    assert "nowhere/ckpt.pt: no checkpoint there" in refused("fastmix.py", "--resume", "--out_dir", "nowhere", cwd=three)
 
 
 def in_process(monkeypatch, capsys, module, *argv, unreadable):
@@ -294,7 +294,7 @@ def test_unreadable_input_is_not_called_unwritable(tmp_path, monkeypatch, capsys
 @pytest.mark.parametrize("path, part", [
     ("data/a/train.bin", "cannot read data/a/train.bin: Permission denied"),
     ("data/a/meta.json", "cannot read data/a/meta.json: Permission denied"),
-    ("out/ckpt.pt", "no checkpoint can be read at out/ckpt.pt (Permission denied)"),
+    ("out/ckpt.pt", "cannot read out/ckpt.pt: Permission denied"),
     ("out/log.jsonl", "cannot open out/log.jsonl: Permission denied")])
 def test_unreadable_files_of_a_run(three, monkeypatch, capsys, path, part):
     monkeypatch.chdir(three)
