@@ -18,7 +18,6 @@ of the target loss one inner step ahead, w' = w - eta P sum_k alpha_k g_k with A
 
     python prepare_data.py && python fastmix.py                  search on the sample set, minutes on a 2-core CPU
     python fastmix.py --mixture out/mixture.json --out_dir out-found       train at the mixture that was found
-    torchrun --nproc_per_node 4 fastmix.py --target_batch_size 4           several devices, sharing each batch
     python fastmix.py --init_from out/ckpt.pt --sources qa,chat --target task --out_dir out-tuned     post-training
 
 Paper: "FastMix: Fast Data Mixture Optimization via Gradient Descent", Tan et al., ICLR 2026, arXiv 2606.14971.
@@ -26,17 +25,15 @@ This implementation's own: P, a running mean of g_val, the rms and eps < 1 (the 
 """
 import argparse
 import math
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
-from model import (GPT, GPTConfig, add_up, asked_to_stop, learning_rate_at, load_sets, open_run, ranks, restore,
+from model import (GPT, GPTConfig, add_up, asked_to_stop, learning_rate_at, load_sets, open_run, plan, ranks, restore,
                    save_checkpoint, start_machine)
 from plot_mixture import append_row, mixture_at, open_log, progress, read_mixture, result_table, save_result
 from prepare_data import IGNORE, fail, gather, say
@@ -53,7 +50,7 @@ def parse_args(defaults):
                                 usage="python fastmix.py [options]   (--help for all)")
     g = p.add_argument_group("data and output").add_argument
     g("--sources", help="comma-separated names of prepared sources (default: the sample's)")
-    g("--target", help="set or sets to do well on, averaged equally (default: the sample's; own sources' val splits)")
+    g("--target", help="set or sets to do well on, such as a,b or a=2,b=1 (default: the sample's; sources' val splits)")
     g("--data_dir", default="data", help="where prepare_data.py wrote (%(default)s)")
     g("--out_dir", default="out", help="gets log.jsonl, ckpt.pt and mixture.json (%(default)s)")
     g("--init_from", help="start from the weights in this checkpoint; the model's flags default to what it has")
@@ -61,11 +58,13 @@ def parse_args(defaults):
     g = p.add_argument_group("mixture (the outer problem)").add_argument
     g("--mixture", help="train at this mixture instead of searching: mixture.json, log.jsonl (replays its trajectory), "
                         "uniform, proportional (to tokens) or a=0.8,b=0.2")
-    g("--uniform_share", type=float, help="eps, the share of sequences drawn uniformly (0.25; with --mixture 0)")
+    g("--uniform_share", type=float, default=0.25, help="eps, the uniform share of a search's draws (%(default)s)")
     g("--outer_every", type=int, default=1, help="optimizer steps between two outer steps (%(default)s)")
     g("--learning_rate_mixture", type=float, default=0.02, help="step on z at one rms above the mean (%(default)s)")
-    g("--entropy", type=float, default=0.0, help="lambda, the pull to uniform in units of that rms (%(default)s)")
     g("--target_batch_size", type=int, default=2, help="target sequences an outer step (%(default)s)")
+    g("--train_tokens", type=float, help="of the run that the mixture is for: they bound shares and set repetition")
+    g("--max_epochs", type=float, default=4.0, help="epochs of a source that --train_tokens may hold (%(default)s)")
+    g("--bounds", help="least and largest shares by name, such as web=0.1:0.5,code=:0.3")
     g = p.add_argument_group("model").add_argument
     g("--n_layer", type=int, default=2, help="blocks (%(default)s)")
     g("--n_head", type=int, default=4, help="attention heads (%(default)s)")
@@ -88,14 +87,13 @@ def parse_args(defaults):
     g("--eval_tokens", type=int, default=8192, help="tokens of each val split in an evaluation (%(default)s)")
     p.set_defaults(**defaults)
     args = p.parse_args()
-    limits = {"seed": (0, 2**63 - 1), "warmup_steps": (0, 2**63 - 1), "uniform_share": (0, 1)}
+    most = 2**63 - 1
+    limits = {"seed": (0, most), "warmup_steps": (0, most), "uniform_share": (0, 1), "train_tokens": (1, most)}
     for name, value in vars(args).items():
         if type(value) in (int, float):
-            low, high = limits.get(name, (1, 2**63 - 1) if type(value) is int else (0, sys.float_info.max))
+            low, high = limits.get(name, (1, most) if type(value) is int else (0, 1e300))
             if not low <= value <= high:
                 fail(f"--{name} {value} is not a number between {low} and {high:g}")
-    if args.uniform_share is None:
-        args.uniform_share = 0.25 if args.mixture is None else 0.0
     return args
 
 
@@ -150,8 +148,8 @@ class FusedWeightedCrossEntropy(torch.autograd.Function):
         (N, C), V, device = hidden.shape, len(weight), hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
         wide = torch.promote_types(dtype, torch.float32)  # softmax and sums: bfloat16 has 8 significant bits
-        # a chunk's logits are about as many numbers as the hidden states and the head, which are in memory anyway
-        chunk = min(N, chunk or max(64, (N + V) * C // V))
+        # a chunk's logits and probabilities are as many numbers as the hidden states and the head, in memory anyway
+        chunk = min(N, chunk or max(64 if device == "cpu" else 4096, (N + V) * C // (2 * V)))
         need_h, need_W = ctx.needs_input_grad[:2]
         W = weight.to(dtype)
         logits, dW = (torch.empty(n, d, dtype=dtype, device=hidden.device) for n, d in ((chunk, V), (V, C)))
@@ -161,12 +159,10 @@ class FusedWeightedCrossEntropy(torch.autograd.Function):
             for i in range(0, N, chunk):
                 s = slice(i, min(i + chunk, N))
                 h, is_learned, y = hidden[s].to(dtype), targets[s] != IGNORE, targets[s].clamp(min=0)[:, None]
-                p = torch.mm(h, W.T, out=logits[: len(h)]).to(wide)  # (n, V) logits; becomes p, then p - y, in place
-                logit_y, top = p.gather(1, y), p.amax(1, keepdim=True)
-                total = p.sub_(top).exp_().sum(1, keepdim=True)
-                token_loss[s] = (total.log() + top - logit_y).squeeze(1) * is_learned
-                if need_h or need_W:
-                    p = p.div_(total).scatter_add_(1, y, torch.full_like(logit_y, -1.0)).to(dtype)
+                p = torch.log_softmax(torch.mm(h, W.T, out=logits[: len(h)]), 1, dtype=wide)  # (n, V)
+                token_loss[s] = -p.gather(1, y).squeeze(1) * is_learned
+                if need_h or need_W:  # log p becomes p, then p - y, in place
+                    p = p.exp_().scatter_add_(1, y, torch.full_like(p[:, :1], -1.0)).to(dtype)
                 if need_h:
                     grad_h[s] = (p @ W) * coef[s, None]
                 if need_W:
@@ -242,21 +238,33 @@ def in_adamw_units(G, head, optimizer):
 
 # ---- (3) the mixture ------------------------------------------------------------------------------------------------
 
-def mixture_step(z, A, present, rate, entropy=0.0):
+def mixture_step(z, A, present, rate):
     """
     Formula (3) as a step of mirror descent on the simplex, on the logits z (K,) in place: z moves against the gradient
     over alpha, not over z, which vanishes with alpha_k and would leave a source that has lost its weight where it is.
     A (K,) alignments, in units of their rms because a gradient's scale says nothing about mixtures. present (K,): a
-    source that was not in the batch has no alignment, stays out of mean and rms, and keeps its logit. entropy is lambda
-    of a term lambda sum_k alpha_k log alpha_k beside the target's loss.
+    source that was not in the batch has no alignment, stays out of mean and rms, and keeps its logit.
     """
     alpha = torch.softmax(z, 0)
     share = alpha * present / (alpha * present).sum()  # (K,) among the sources present
-    A, log_alpha = torch.where(present, A, 0.0), alpha.log()
+    A = torch.where(present, A, 0.0)
     mean, rms = (share * A).sum(), (share * A**2).sum().sqrt().clamp(min=1e-18)
-    pull = min(1.0, rate * entropy) * (log_alpha - (share * log_alpha).sum())  # beyond 1 it would overshoot uniform
-    z += torch.where(present, rate * (A - mean) / rms - pull, 0.0)
+    z += torch.where(present, rate * (A - mean) / rms, 0.0)
     z.clamp_(min=z.max() - 18)  # alpha stays above 1e-8 of the largest: no source's part of a gradient underflows
+
+
+def within_bounds(z, lower, upper):
+    """
+    Projects a mixture in Kullback-Leibler divergence on lower <= alpha <= upper, each (K,), on its logits z (K,) in
+    place: alpha_k becomes clip(c alpha_k, lower_k, upper_k) with the c, found by bisection, that makes the sum 1.
+    """
+    alpha = torch.softmax(z, 0)
+    if ((alpha < lower) | (alpha > upper)).any():
+        low, high = 0.0, 1 / alpha.min().item()  # c with which all are at their lower bounds; at their upper ones
+        for _ in range(100):
+            c = (low + high) / 2
+            low, high = (low, c) if (c * alpha).clamp(lower, upper).sum() > 1 else (c, high)
+        z.copy_((c * alpha).clamp(lower, upper).log())
 
 
 def per_drawn_token(A, alpha, density, present):
@@ -293,16 +301,15 @@ def main():
     args, ckpt = open_run(parse_args)
     sources, targets, target_weights = load_sets(args, ckpt)
     device, autocast = start_machine(args)
-    (rank, world), out, searching = ranks(), Path(args.out_dir), args.mixture is None
+    out, searching, rank = Path(args.out_dir), args.mixture is None, ranks()[0]
     tell = say if rank == 0 else lambda *_: None
     names, K, T = [s.name for s in sources], len(sources), args.block_size
     sets = dict.fromkeys((*sources, *targets))  # each once, in order
     n_sequences = args.batch_size * args.grad_accum
     tokens_per_step = n_sequences * T
-    if searching and n_sequences < 2:
-        fail("a search compares sources within a step: --batch_size times --grad_accum must be at least 2")
     available = torch.tensor([s.available("train") for s in sources])  # (K,) tokens to train on
     density = torch.tensor([s.density("train") for s in sources], dtype=torch.float64)  # (K,) learned per token drawn
+    lower, upper = torch.from_numpy(plan(args, sources, n_sequences))  # (K,) least and largest shares
     schedule = read_mixture("uniform" if searching or args.resume else args.mixture, names, available.tolist())
 
     # model, optimizer and state: with the settings, all that a checkpoint holds
@@ -315,20 +322,17 @@ def main():
         step=0, reported=-1, seconds=0.0,  # steps done, and when the last report was written; time taken
         z=torch.zeros(K, dtype=torch.float64),  # (K,) logits of the mixture, alpha = softmax(z)
         G=torch.zeros_like(head.data),  # (V, C) running mean of the target's gradient
-        schedule=torch.from_numpy(schedule),  # (P, 1 + K) of a run that does not search: fractions, and mixtures there
+        schedule=torch.from_numpy(schedule),  # (P, 1 + K) of a run at a fixed mixture: fractions of it, mixtures there
         run_sum=torch.zeros(K, dtype=torch.float64), half_sum=torch.zeros(K, dtype=torch.float64),  # of alpha
         drawn=torch.zeros(K, dtype=torch.int64))  # tokens seen of each source
-    if args.resume:
-        restore(ckpt, out / "ckpt.pt", net, optimizer, state)
-    elif ckpt:
-        restore(ckpt, args.init_from, net)
+    within_bounds(state.z, lower, upper)
+    if ckpt:
+        restore(ckpt, net, *([optimizer, state] if args.resume else []))
     settings = {"args": vars(args), "config": vars(net.config), "tokenizer": sources[0].tokenizer,
                 "digests": {s.name: s.digest for s in sets}}
     log = open_log(out, state.step if args.resume else -1, names)
     tell(f"{net.num_params():,} parameters, {tokens_per_step:,} tokens a step, {device}, sources {args.sources}; "
          f"target {args.target}; {'searching' if searching else f'mixture {args.mixture}'}")
-    if searching and n_sequences < K:
-        tell(f"warning: with {n_sequences} sequences a step for {K} sources, each step compares only some of them")
 
     # sums since the last report; the names on the left are rows of one tensor
     loss_sum, learned_sum = sums = torch.zeros(2, K, device=device)  # of each source, over its learned tokens
@@ -355,7 +359,7 @@ def main():
                 log, names, step=step, max_steps=args.max_steps, alpha=alpha, alignment=alignment_sum / times_present,
                 train_loss=train_loss if taken else None, source_loss=loss_sum / learned_sum,
                 target_val_loss=target_loss, target_losses=target_losses, tokens=step * tokens_per_step,
-                seconds=round(state.seconds, 3))
+                seconds=round(state.seconds, 3), lower=lower, upper=upper)
             tell(progress(row, taken / seconds))
             for t in (sums, measured, weighted_loss):
                 t.zero_()
@@ -364,11 +368,10 @@ def main():
             break
         if stop:
             tell(f"stopped at step {step}; go on with: python fastmix.py --resume --out_dir {out}")
-            sys.exit(130)
+            raise SystemExit(130)
 
         # ---- outer step, first half: the target's gradient, averaged over outer steps
-        outer = searching and step % args.outer_every == 0
-        PG = None
+        outer, PG = searching and step % args.outer_every == 0, None
         if outer:
             rng = np.random.default_rng((args.seed, step, 1))  # of the step, so that a run that goes on draws the same
             _, which, x, y = draw_batch(targets, "val", target_weights, args.target_batch_size, rng)
@@ -381,7 +384,8 @@ def main():
             PG = in_adamw_units(state.G, head, optimizer)
 
         # ---- inner step: train on sequences drawn by q, weighted by alpha / q
-        q = (1 - args.uniform_share) * alpha + args.uniform_share / K  # (K,)
+        eps = args.uniform_share if searching else 0.0
+        q = (1 - eps) * alpha + eps / K  # (K,)
         rng = np.random.default_rng((args.seed, step, 0))
         source, mine, x, y = draw_batch(sources, "train", q, n_sequences, rng)
         weights = loss_weights(alpha, q, density)  # (K,)
@@ -399,10 +403,8 @@ def main():
             step_learned.index_add_(0, k[m], (y[m] != IGNORE).float().sum(1))
             parts += part if outer else 0.0
             weighted_loss += loss.detach()
-        for tensor in (step_sums, *(p.grad for p in net.parameters())):
-            add_up(tensor)
-        if args.grad_clip:
-            torch.nn.utils.clip_grad_norm_(net.parameters(), args.grad_clip)
+        add_up(step_sums, *(p.grad for p in net.parameters()))
+        torch.nn.utils.clip_grad_norm_(net.parameters(), args.grad_clip or math.inf)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         sums += step_sums[:2]
@@ -415,8 +417,8 @@ def main():
             measured += torch.stack([torch.where(present, A, 0.0), present])
             if (density != 1).any():  # masks
                 A = per_drawn_token(A, alpha, density, present)
-            mixture_step(state.z, A, present, args.learning_rate_mixture, args.entropy)
-
+            mixture_step(state.z, A, present, args.learning_rate_mixture)
+            within_bounds(state.z, lower, upper)
         state.run_sum += alpha
         state.half_sum += alpha * (step >= args.max_steps // 2)
         state.drawn += torch.bincount(torch.from_numpy(source), minlength=K) * T
@@ -427,22 +429,20 @@ def main():
         val = {s.name: evaluate(model, head, s, "val", args.eval_tokens, args.batch_size) for s in sets}
         test = {t.name: evaluate(model, head, t, "test", TEST_TOKENS, args.batch_size) for t in targets}
     if rank == 0:
+        bytes_per_token, tokens_per_document = torch.tensor([s.averages() for s in sources]).T  # (K,)
         result = save_result(
             out, names, searched=searching,
             targets={t.name: {"weight": weight, "val_loss": val[t.name], "test_loss": test[t.name],
                               "test_bits_per_byte": test[t.name] / math.log(2) * t.tokens_per_byte("test"),
                               "learned_only": t.masked} for t, weight in zip(targets, target_weights)},
             mixtures={"last": alpha, "last_half_average": state.half_sum, "run_average": state.run_sum},
-            sources={"tokens_available": available, "tokens_seen": state.drawn,
+            sources={"tokens_available": available, "tokens_seen": state.drawn, "lower": lower, "upper": upper,
                      "val_loss": torch.tensor([val[n] for n in names]),
-                     **dict(zip(("bytes_per_token", "tokens_per_document"),
-                                torch.tensor([s.averages() for s in sources]).T))},
+                     "bytes_per_token": bytes_per_token, "tokens_per_document": tokens_per_document},
             tokenizer=settings["tokenizer"], seed=args.seed, steps=step, tokens=step * tokens_per_step,
             seconds=round(state.seconds, 1), torch=torch.__version__, settings=vars(args))
         say(f"\n{result_table(result)}\nwrote {out}/mixture.json, log.jsonl and ckpt.pt; draw them with: "
-              f"python plot_mixture.py {out}")
-    if world > 1:
-        dist.destroy_process_group()
+            f"python plot_mixture.py {out}")
 
 
 if __name__ == "__main__":

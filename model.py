@@ -12,6 +12,7 @@ Positions are rotary (RoFormer, arXiv 2104.09864), not learned. A small model wi
 out which ones are neighbours, and stays at the loss of single letters for most of a short run; and without a table of
 positions a checkpoint can go on with another block size.
 """
+import atexit
 import contextlib
 import itertools
 import math
@@ -21,6 +22,7 @@ import signal
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
@@ -137,7 +139,7 @@ def start_machine(args):
     whole = len(launch) == 3 and all(n.isdigit() for n in launch.values()) and "MASTER_PORT" in os.environ
     if launch and not (whole and int(launch["RANK"]) < int(launch["WORLD_SIZE"])):
         given = " ".join(f"{name}={value}" for name, value in launch.items())
-        fail(f"{given} in the environment is not what torchrun sets; unset it to run one process, or start with torchrun")
+        fail(f"{given} in the environment is not what torchrun sets; unset it for one process, or start with torchrun")
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch on Linux: huge pages, fewer faults in new large tensors
     device, world = args.device, int(os.environ.get("WORLD_SIZE", 1))
     if device == "auto":
@@ -151,6 +153,7 @@ def start_machine(args):
         if device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl" if device == "cuda" else "gloo")
+        atexit.register(dist.destroy_process_group)
     torch.set_float32_matmul_precision("high")  # TF32 on CUDA
     dtype = args.dtype  # auto: bfloat16, but not on a card that only emulates it and is slower with it
     if dtype == "auto" and device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
@@ -163,11 +166,11 @@ def ranks():
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def add_up(tensor):
-    """The sum over all processes, in place."""
-    if dist.is_initialized():
+def add_up(*tensors):
+    """Sums over all processes, in place; returns the first."""
+    for tensor in tensors if dist.is_initialized() else ():
         dist.all_reduce(tensor)
-    return tensor
+    return tensors[0]
 
 
 def asked_to_stop():
@@ -214,7 +217,7 @@ def load_checkpoint(path, mend):
         fail(f"{path} cannot be read as a checkpoint ({type(error).__name__}); {mend}")
     if missing:
         fail(f"{path} is not a checkpoint of this fastmix.py (it lacks {', '.join(sorted(missing))}); {mend}")
-    return ckpt
+    return ckpt | {"path": path}
 
 
 def open_run(parse_args):
@@ -252,7 +255,7 @@ def open_run(parse_args):
     return args, ckpt
 
 
-def restore(ckpt, path, model, optimizer=None, state=None):
+def restore(ckpt, model, optimizer=None, state=None):
     """Puts a checkpoint's weights into the model and, to resume, the rest into the optimizer and the loop's state."""
     def shape(name, value):  # how long a replayed schedule is only the checkpoint knows
         return (value.dtype, value.shape[name == "schedule":]) if torch.is_tensor(value) else type(value)
@@ -268,7 +271,7 @@ def restore(ckpt, path, model, optimizer=None, state=None):
                 raise ValueError
             vars(state).update(stored)
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
-        fail(f"{path}: its contents do not fit its settings; it is damaged, or was not written by this fastmix.py")
+        fail(f"{ckpt['path']}: its contents do not fit its settings; it is damaged, or not written by this fastmix.py")
 
 
 # ---- the run's sets -------------------------------------------------------------------------------------------------
@@ -298,7 +301,8 @@ def parse_names(flag, text):
         except ValueError:
             weights[name] = math.nan
         if not 0 < weights[name] < math.inf or equals and flag == "--sources":
-            fail(f"{flag} '{text}': '{item}' is not a name" + " or NAME=WEIGHT, a weight above 0" * (flag == "--target"))
+            kind = "a name or NAME=WEIGHT, a weight above 0" if flag == "--target" else "a name"
+            fail(f"{flag} '{text}': '{item}' is not {kind}")
     return weights
 
 
@@ -320,8 +324,7 @@ def load_sets(args, ckpt=None):
              "or start a new run in another --out_dir")
     made_with = {f"'{s.name}'": (s.tokenizer, s.vocab_size) for s in loaded.values()}
     if ckpt:
-        path = f"{args.out_dir}/ckpt.pt" if args.resume else args.init_from
-        made_with[path] = ckpt["tokenizer"], ckpt["config"]["vocab_size"]
+        made_with[ckpt["path"]] = ckpt["tokenizer"], ckpt["config"]["vocab_size"]
     (first, (tokenizer, size)), *others = made_with.items()
     for other, found in others:
         if found != (tokenizer, size):
@@ -339,3 +342,55 @@ def load_sets(args, ckpt=None):
             warn(f"warning: about {share:.0%} of the {split} split of target {t} is in the train split of source {s}")
     total = sum(targets.values())
     return [loaded[n] for n in sources], [loaded[n] for n in targets], [w / total for w in targets.values()]
+
+
+def read_bounds(text, names):
+    """web=0.1:0.5,code=:0.3 -> least and largest shares, (2, K), 0 and 1 where nothing is said."""
+    bounds = np.array([[0.0], [1.0]]).repeat(len(names), 1)
+    for item in text.split(",") if text else ():
+        name, _, span = (part.strip() for part in item.partition("="))
+        try:
+            if name not in names or span.count(":") != 1:
+                raise ValueError
+            low, high = (float(end or nothing) for end, nothing in zip(span.split(":"), (0, 1)))
+        except ValueError:
+            fail(f"--bounds '{text}': '{item}' is not NAME=LEAST:LARGEST with one of {', '.join(names)}")
+        if not 0 <= low <= high <= 1 or high == 0:
+            fail(f"--bounds '{text}': {low:g}:{high:g} is no range of shares above 0 and up to 1; to leave {name} out, "
+                 "leave it out of --sources")
+        bounds[:, names.index(name)] = low, high
+    if not bounds[0].sum() <= 1 + 1e-9 or not bounds[1].sum() >= 1 - 1e-9:
+        fail(f"--bounds '{text}': the least shares add up to {bounds[0].sum():g}, the largest to {bounds[1].sum():g}; 1 "
+             "must lie between them")
+    return bounds
+
+
+def plan(args, sources, n_sequences):
+    """
+    Least and largest shares (2, K) of the sources, by --bounds and by what --train_tokens, the length of the run that
+    the mixture is for, allows in --max_epochs. The sources then show as much less of their train split as this run is
+    shorter, so that the proxy sees the repetition of that run. n_sequences: that a step has.
+    """
+    lower, upper = read_bounds(args.bounds, [s.name for s in sources])
+    if args.mixture is None and n_sequences < 2:
+        fail("a search compares sources within a step: --batch_size times --grad_accum must be at least 2")
+    if args.mixture is None and n_sequences < len(sources) and ranks()[0] == 0:
+        say(f"warning: with {n_sequences} sequences a step for {len(sources)} sources, each step compares only some of "
+            "them")
+    if args.train_tokens:
+        available = np.array([s.available("train") for s in sources])
+
+        def capped(tokens):
+            return np.minimum(upper, args.max_epochs * available / tokens)
+        if capped(args.train_tokens).sum() < 1 or (capped(args.train_tokens) < lower).any():
+            low, high = 0.0, args.train_tokens  # tokens that can be had, and that cannot
+            for _ in range(200):
+                tokens = (low + high) / 2
+                fits = capped(tokens).sum() >= 1 and (capped(tokens) >= lower).all()
+                low, high = (tokens, high) if fits else (low, tokens)
+            fail(f"--train_tokens {args.train_tokens:g} takes more than --max_epochs {args.max_epochs:g} of these "
+                 f"sources{' within --bounds' * bool(args.bounds)}; at most {low:.5g} can be had")
+        upper = capped(args.train_tokens)
+        for s in sources:
+            s.visible = min(1.0, args.max_steps * n_sequences * args.block_size / args.train_tokens)
+    return np.stack([lower, upper])

@@ -53,7 +53,7 @@ EXAMPLE_CHARS = 250  # longest example of the sample
 PAIRS = (("prompt", "response"), ("prompt", "completion"), ("question", "answer"), ("instruction", "output"))
 SCHEMAS = f"text, messages, conversations, {', '.join(map('/'.join, PAIRS))}"
 CONVERT = {  # endings of files that are not read, and the command that makes of one what is
-    ".parquet": "in Python: import pandas; pandas.read_parquet('{0}').to_json('{0}.jsonl', orient='records', lines=True)",
+    ".parquet": "in Python: import pandas; pandas.read_parquet('{0}').to_json('{0}.jsonl', orient='records', lines=1)",
     ".arrow": "in Python: import datasets; datasets.Dataset.from_file('{0}').to_json('{0}.jsonl')",
     ".zst": "zstd -d {0}", ".gz": "gunzip {0}", ".xz": "unxz {0}", ".bz2": "bunzip2 {0}", ".zip": "unzip {0}",
     ".json": "for it holds neither an array of records nor JSON lines; to take it as text, rename it to .txt"}
@@ -595,6 +595,7 @@ class TokenSet:
             self.tokenizer, self.vocab_size = self.meta["tokenizer"], self.meta["vocab_size"]
             self.dtype, self.masked = np.dtype(self.meta["dtype"]), "learned" in self.meta["splits"]["train"]
             self.rows, self.learned = {}, {}
+            self.visible = 1.0  # share of the train split that is shown
             self.cut = np.zeros(3, dtype=np.int64)  # examples; longer than a row; without a response in it
             for split in SPLITS:
                 self.open_split(split, self.meta["splits"][split])
@@ -686,10 +687,13 @@ class TokenSet:
         return size / tokens, tokens / self.meta.get("documents", documents)
 
     def at_fraction(self, split, u):
-        """Where windows begin, for fractions u (B,) of a split in [0, 1)."""
-        if split in self.rows:
-            return self.rows[split][0][(u * len(self.rows[split][0])).astype(np.int64)]
-        return (u * (len(self.tokens(split)) - self.block_size)).astype(np.int64)
+        """Where windows begin, for fractions u (B,) of a split in [0, 1), of what of it is visible."""
+        n, T = (len(self.rows[split][0]), 0) if split in self.rows else (len(self.tokens(split)), self.block_size)
+        shown = max(n * self.visible, T + 1) if split == "train" else n  # never less than a window
+        stretches = max(1, int(shown / (64 * T + 64))) if shown < n else 1  # each of some 64 windows, evenly spread
+        stretch, within = np.divmod(u * stretches, 1)
+        i = (stretch * n / stretches + within * (shown / stretches - T)).astype(np.int64)
+        return self.rows[split][0][i] if split in self.rows else i
 
     def spread(self, split, max_tokens):
         """Where disjoint windows begin, evenly spread over a split, of at most max_tokens in all: always the same."""

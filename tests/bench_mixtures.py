@@ -143,7 +143,7 @@ def doge():
     """
     largest = []
 
-    def mixture_step(z, A, present, rate, entropy):
+    def mixture_step(z, A, present, rate):
         A = torch.where(present, A, 0.0)
         largest.append(A.abs().max().item())
         z += rate * A / np.mean(largest[-100:])
@@ -168,7 +168,7 @@ def doremi(reference):
             excess = r[:, None] * (token_loss - known).clamp(min=0) / n_tokens  # (B, T), weighted as gradients are
         return loss, token_loss, torch.stack([part.sum() for part in excess.flatten().tensor_split(ends[:-1])])
 
-    def mixture_step(z, A, present, rate, entropy):
+    def mixture_step(z, A, present, rate):
         z += rate * torch.where(present, A, 0.0)
 
     return {"batch_loss": batch_loss, "mixture_step": mixture_step}

@@ -133,12 +133,12 @@ CASES = {
 }
 # what parse_args() takes for each of the numbers; None: no limit on that side but those of its type
 RANGES = {
-    "uniform_share": (0, 1), "outer_every": (1, None), "learning_rate_mixture": (0, None), "entropy": (0, None),
+    "uniform_share": (0, 1), "outer_every": (1, None), "learning_rate_mixture": (0, None), "max_epochs": (0, None),
     "target_batch_size": (1, None), "n_layer": (1, None), "n_head": (1, None), "n_embd": (1, None),
     "block_size": (1, None), "batch_size": (1, None), "grad_accum": (1, None), "max_steps": (1, None),
     "learning_rate": (0, None), "warmup_steps": (0, None), "weight_decay": (0, None), "grad_clip": (0, None),
     "seed": (0, None), "log_every": (1, None), "eval_tokens": (1, None)}
-FLOATS = {"uniform_share", "learning_rate_mixture", "entropy", "learning_rate", "weight_decay", "grad_clip"}
+FLOATS = {"uniform_share", "learning_rate_mixture", "max_epochs", "learning_rate", "weight_decay", "grad_clip"}
 
 
 def test_one_clear_line(broken):
@@ -204,7 +204,7 @@ def test_every_number_has_a_range(monkeypatch, capsys):
 
 def test_number_out_of_range_on_the_command_line(broken):
     cases = [("warmup_steps", "-5"), ("learning_rate", "inf"), ("learning_rate", "nan"), ("weight_decay", "-0.1"),
-             ("grad_clip", "-0.5"), ("entropy", "nan"), ("seed", "-1"), ("eval_tokens", "0"), ("uniform_share", "1.5"),
+             ("grad_clip", "-0.5"), ("train_tokens", "nan"), ("train_tokens", "0.5"), ("seed", "-1"), ("eval_tokens", "0"), ("uniform_share", "1.5"),
              ("max_steps", "0")]
     with ThreadPoolExecutor(2) as pool:
         lines = pool.map(lambda case: refused("fastmix.py", *FAST, *AB, f"--{case[0]}", case[1], cwd=broken), cases)

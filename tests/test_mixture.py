@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 import fastmix
 from fastmix import (IGNORE, batch_loss, draw, draw_batch, fused_cross_entropy, gather, in_adamw_units, loss_weights,
-                     mixture_step, per_drawn_token, target_gradient)
+                     mixture_step, per_drawn_token, target_gradient, within_bounds)
 from model import GPT, GPTConfig
 
 
@@ -172,10 +172,10 @@ def test_processes_share_a_batch(monkeypatch):
 
 # ---- (3) the mixture
 
-def step_of(z, A, present=None, rate=0.05, entropy=0.0):
+def step_of(z, A, present=None, rate=0.05):
     """z after mixture_step(), which works in place."""
     z = z.clone()
-    mixture_step(z, A, torch.ones(len(z), dtype=torch.bool) if present is None else present, rate, entropy)
+    mixture_step(z, A, torch.ones(len(z), dtype=torch.bool) if present is None else present, rate)
     return z
 
 
@@ -234,35 +234,49 @@ def test_move_equals_difference_of_the_look_ahead(density, units):
     assert abs((alpha * move).sum()) < 1e-14
 
 
-@pytest.mark.parametrize("present", [[True] * 4, [True, False, True, True]])
-def test_entropy_term_is_its_gradient(present):
-    """Beside formula (3): the gradient on z of lambda sum_k alpha_k log alpha_k, from autograd, over alpha_k."""
-    z = torch.tensor([1.5, 0.2, -0.7, 0.1], dtype=torch.float64, requires_grad=True)
-    A, present = torch.tensor([0.3, -1.0, 2.0, 0.5], dtype=torch.float64), torch.tensor(present)
-    rate, lam = 0.05, 0.3
-    alpha = torch.softmax(z[present], 0)  # of the sources present
-    (gradient,) = torch.autograd.grad(lam * (alpha * alpha.log()).sum(), z)
-    with_term, without = (step_of(z.detach(), A, present, rate, entropy) for entropy in (lam, 0.0))
-    expected = rate * gradient[present] / alpha.detach()
-    torch.testing.assert_close((without - with_term)[present], expected)
-    assert ((with_term == z) == ~present).all()
+def projected_by_brute_force(p, lower, upper):
+    """
+    The mixture of least KL divergence to p within the bounds: of all ways in which sources lie at their lower bound, at
+    their upper one, or between them (3^K), the best of those that hold.
+    """
+    best, found = math.inf, None
+    for ways in itertools.product((0, 1, 2), repeat=len(p)):
+        ways = np.array(ways)
+        a = np.select([ways == 0, ways == 1], [lower, upper], 0.0)
+        left = 1 - a.sum()
+        if (ways == 2).any():
+            a[ways == 2] = p[ways == 2] / p[ways == 2].sum() * left
+        elif abs(left) > 1e-12:
+            continue
+        if (a < lower - 1e-12).any() or (a > upper + 1e-12).any():
+            continue
+        divergence = (a[a > 0] * np.log(a[a > 0] / p[a > 0])).sum()
+        if divergence < best:
+            best, found = divergence, a
+    return found
 
-    def entropy(z):
-        return -(torch.softmax(z, 0) * torch.log_softmax(z, 0)).sum()
-    even = torch.ones(4, dtype=torch.float64)  # alignments that ask for nothing
-    assert entropy(step_of(z.detach(), even, entropy=lam)) > entropy(z.detach())
+
+@pytest.mark.parametrize("seed", range(40))
+def test_bounds_are_a_projection(seed):
+    """Lower and upper bounds of some sources, mixtures from even to as uneven as the floor under z lets them be."""
+    rng = np.random.default_rng(seed)
+    K = int(rng.integers(2, 7))
+    z = rng.normal(size=K) * rng.choice([0.1, 2.0, 6.0])
+    inside = rng.dirichlet(np.ones(K))  # bounds around some mixture can be met
+    lower = np.where(rng.random(K) < 0.5, inside * rng.random(K), 0.0)
+    upper = np.where(rng.random(K) < 0.5, inside + (1 - inside) * rng.random(K) * 0.3, 1.0)
+    given = torch.tensor(z)
+    within_bounds(given, torch.tensor(lower), torch.tensor(upper))
+    alpha, p = torch.softmax(given, 0).numpy(), np.exp(z) / np.exp(z).sum()
+    assert (alpha >= lower - 1e-9).all() and (alpha <= upper + 1e-9).all()
+    np.testing.assert_allclose(alpha, projected_by_brute_force(p, lower, upper), atol=1e-9)
 
 
-@pytest.mark.parametrize("rate, entropy", [(0.05, 20.0), (0.05, 1e3), (1.0, 1.0), (0.02, 1e300)])
-def test_entropy_term_never_overshoots_uniform(rate, entropy):
-    """From rate x lambda = 1 on the mixture is uniform at once, but for what the alignments ask for."""
-    z = torch.tensor([3.0, 0.2, -17.0, 1.0], dtype=torch.float64)
-    uniform = step_of(z, torch.full((4,), 2.0, dtype=torch.float64), rate=rate, entropy=entropy)
-    torch.testing.assert_close(torch.softmax(uniform, 0), torch.full((4,), 0.25, dtype=torch.float64))
-    A = torch.tensor([0.5, -1.0, 2.0, 0.0], dtype=torch.float64)
-    rms = (torch.softmax(z, 0) * A**2).sum().sqrt()
-    torch.testing.assert_close(torch.softmax(step_of(z, A, rate=rate, entropy=entropy), 0),
-                               torch.softmax(rate * A / rms, 0))
+def test_a_mixture_within_its_bounds_is_left_alone():
+    z = torch.tensor([0.3, -1.0, 2.0], dtype=torch.float64)
+    before = z.clone()
+    within_bounds(z, torch.zeros(3), torch.ones(3))
+    assert torch.equal(z, before)
 
 
 def test_absent_source_keeps_its_logit_and_stays_out_of_the_centring():
@@ -277,7 +291,7 @@ def test_absent_source_keeps_its_logit_and_stays_out_of_the_centring():
     assert torch.equal(moved, step_of(z, torch.tensor([2.0, -50.0, 1.0], dtype=torch.float64), present, 0.1))
     # nor does what there would be to compare it with where it is alone, or none is there
     for alone in ([False, True, False], [False] * 3):
-        assert torch.equal(step_of(z, A.nan_to_num(), torch.tensor(alone), 0.1, 0.5), z)
+        assert torch.equal(step_of(z, A.nan_to_num(), torch.tensor(alone), 0.1), z)
 
 
 def test_absent_source_stays_out_of_the_conversion_to_drawn_tokens():

@@ -28,8 +28,8 @@ RUNS = {  # out_dir: flags
     "whole": [*BASE, "--max_steps", 20],
     "parts": [*BASE, "--max_steps", 20, "--batch_size", 2, "--grad_accum", 4],
     "own": [*TINY, "--sources", "a,b", "--max_steps", 2],
-    "entropy": [*BASE, "--dtype", "bfloat16", "--entropy", 30],  # strong enough to hold the mixture near uniform
-    "entropies": [*BASE, "--max_steps", 20, "--log_every", 1, "--entropy", 1e6],
+    "rounded": [*BASE, "--dtype", "bfloat16"],
+    "bounded": [*BASE, "--bounds", "b=:0.4,noise=0.3:"],
     "diverged": [*BASE, "--max_steps", 40],
     "at-uniform": [*BASE, "--max_steps", 2, "--mixture", "uniform", "--dtype", "bfloat16"],
     "far": [*BASE, "--learning_rate_mixture", 1000, "--log_every", 1],
@@ -253,13 +253,23 @@ def test_own_sources_without_a_target(synthetic, stdout):
     assert json.loads((synthetic / "own" / "mixture.json").read_text())["target"] == ["a", "b"]
 
 
-def test_bfloat16_and_entropy(synthetic, stdout):
-    uniform = dict.fromkeys(["a", "b", "noise"], 1 / 3)
-    assert log_rows(synthetic / "entropy")[-1]["alpha"] == pytest.approx(uniform, abs=0.05)
-    rounded, exact = (log_rows(synthetic / out)[0]["target_val_loss"] for out in ("entropy", "reference"))
-    assert rounded != exact and rounded == pytest.approx(exact, rel=1e-2)
-    for row in log_rows(synthetic / "entropies"):  # more than uniform it cannot ask for
-        assert row["alpha"] == pytest.approx(uniform, abs=0.03)
+def test_bfloat16(synthetic, stdout):
+    rounded, exact = (log_rows(synthetic / out) for out in ("rounded", "reference"))
+    assert rounded[0]["target_val_loss"] != exact[0]["target_val_loss"]
+    for a, b in zip(rounded, exact):
+        assert a["target_val_loss"] == pytest.approx(b["target_val_loss"], rel=1e-2)
+        assert a["alpha"] == pytest.approx(b["alpha"], abs=0.02)
+
+
+def test_bounds_hold_from_the_first_step_on(synthetic, stdout):
+    """Without them b has most of the mixture and noise nothing; with them both lie at a bound."""
+    assert log_rows(synthetic / "reference")[-1]["alpha"]["b"] > 0.5
+    for row in log_rows(synthetic / "bounded"):
+        assert row["alpha"]["b"] < 0.4 + 1e-9 and row["alpha"]["noise"] > 0.3 - 1e-9, row
+        assert row["upper"] == {"a": 1.0, "b": 0.4, "noise": 1.0} and row["lower"] == {"a": 0.0, "b": 0.0, "noise": 0.3}
+    assert row["alpha"] == pytest.approx({"a": 0.3, "b": 0.4, "noise": 0.3}, abs=1e-6)
+    result = json.loads((synthetic / "bounded" / "mixture.json").read_text())
+    assert result["mixture"]["b"] == pytest.approx(0.4, abs=0.02) and result["sources"]["b"]["upper"] == 0.4
 
 
 def test_a_strangers_checkpoint_runs_no_code(synthetic, tmp_path):
