@@ -338,7 +338,7 @@ def load_sets(args, ckpt=None):
                  f"lose their end; {left_out:,} of these have a prompt as long and are left out")
     for t, s, split in itertools.product(targets, sources, ("val", "test")):
         share = overlap(loaded[t].meta["splits"][split], loaded[s].meta["splits"]["train"])
-        if share > 0:
+        if share >= 0.005:
             warn(f"warning: about {share:.0%} of the {split} split of target {t} is in the train split of source {s}")
     total = sum(targets.values())
     return [loaded[n] for n in sources], [loaded[n] for n in targets], [w / total for w in targets.values()]
@@ -346,20 +346,19 @@ def load_sets(args, ckpt=None):
 
 def read_bounds(text, names):
     """web=0.1:0.5,code=:0.3 -> least and largest shares, (2, K), 0 and 1 where nothing is said."""
-    bounds = np.array([[0.0], [1.0]]).repeat(len(names), 1)
+    bounds, left = np.array([[0.0], [1.0]]).repeat(len(names), 1), list(names)
     for item in text.split(",") if text else ():
         name, _, span = (part.strip() for part in item.partition("="))
         try:
-            if name not in names or span.count(":") != 1:
-                raise ValueError
-            low, high = (float(end or nothing) for end, nothing in zip(span.split(":"), (0, 1)))
+            left.remove(name)
+            low, high = (float(end or nothing) for end, nothing in zip(span.split(":"), (0, 1), strict=True))
         except ValueError:
-            fail(f"--bounds '{text}': '{item}' is not NAME=LEAST:LARGEST with one of {', '.join(names)}")
+            fail(f"--bounds '{text}': '{item}' is not NAME=LEAST:LARGEST with one of {', '.join(names)}, each once")
         if not 0 <= low <= high <= 1 or high == 0:
             fail(f"--bounds '{text}': {low:g}:{high:g} is no range of shares above 0 and up to 1; to leave {name} out, "
                  "leave it out of --sources")
         bounds[:, names.index(name)] = low, high
-    if not bounds[0].sum() <= 1 + 1e-9 or not bounds[1].sum() >= 1 - 1e-9:
+    if bounds[0].sum() > 1 + 1e-9 or bounds[1].sum() < 1 - 1e-9:
         fail(f"--bounds '{text}': the least shares add up to {bounds[0].sum():g}, the largest to {bounds[1].sum():g}; 1 "
              "must lie between them")
     return bounds
@@ -367,30 +366,34 @@ def read_bounds(text, names):
 
 def plan(args, sources, n_sequences):
     """
-    Least and largest shares (2, K) of the sources, by --bounds and by what --train_tokens, the length of the run that
-    the mixture is for, allows in --max_epochs. The sources then show as much less of their train split as this run is
-    shorter, so that the proxy sees the repetition of that run. n_sequences: that a step has.
+    Least and largest shares (2, K) for a search over the sources, by --bounds and by what --train_tokens, the length of
+    the run that the mixture is for, allows in --max_epochs. The sources then show as much less of their train split as
+    this run is shorter, so that the proxy sees the repetition of that run. n_sequences: that a step has.
     """
     lower, upper = read_bounds(args.bounds, [s.name for s in sources])
-    if args.mixture is None and n_sequences < 2:
+    for s in sources if args.train_tokens else ():
+        s.visible = min(1.0, args.max_steps * n_sequences * args.block_size / args.train_tokens)
+    if args.mixture is not None:
+        return np.stack([0 * lower, 0 * upper + 1])
+    if n_sequences < 2:
         fail("a search compares sources within a step: --batch_size times --grad_accum must be at least 2")
-    if args.mixture is None and n_sequences < len(sources) and ranks()[0] == 0:
+    if n_sequences < len(sources) and ranks()[0] == 0:
         say(f"warning: with {n_sequences} sequences a step for {len(sources)} sources, each step compares only some of "
             "them")
     if args.train_tokens:
-        available = np.array([s.available("train") for s in sources])
+        epoch = np.array([s.available("train") for s in sources])
 
         def capped(tokens):
-            return np.minimum(upper, args.max_epochs * available / tokens)
-        if capped(args.train_tokens).sum() < 1 or (capped(args.train_tokens) < lower).any():
-            low, high = 0.0, args.train_tokens  # tokens that can be had, and that cannot
-            for _ in range(200):
-                tokens = (low + high) / 2
-                fits = capped(tokens).sum() >= 1 and (capped(tokens) >= lower).all()
-                low, high = (tokens, high) if fits else (low, tokens)
+            return np.minimum(upper, args.max_epochs * epoch / tokens)
+
+        def can_be_had(tokens):
+            return capped(tokens).sum() >= 1 and (capped(tokens) >= lower).all()
+        if not can_be_had(args.train_tokens):
+            low, high = 0.0, args.train_tokens
+            for _ in range(60):
+                middle = (low + high) / 2
+                low, high = (middle, high) if can_be_had(middle) else (low, middle)
             fail(f"--train_tokens {args.train_tokens:g} takes more than --max_epochs {args.max_epochs:g} of these "
                  f"sources{' within --bounds' * bool(args.bounds)}; at most {low:.5g} can be had")
         upper = capped(args.train_tokens)
-        for s in sources:
-            s.visible = min(1.0, args.max_steps * n_sequences * args.block_size / args.train_tokens)
     return np.stack([lower, upper])

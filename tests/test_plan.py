@@ -63,7 +63,7 @@ def test_the_longest_run_that_can_be_had_is_said(monkeypatch, capsys, sizes, fla
 
 
 @pytest.mark.parametrize("text, part", [
-    ("x=0:1", "'x=0:1' is not NAME=LEAST:LARGEST with one of a, b"), ("a", "'a' is not NAME="), ("a=0.3", "'a=0.3' is"),
+    ("x=0:1", "'x=0:1' is not NAME=LEAST:LARGEST with one of a, b, each once"), ("a=0.1:,a=:0.9", "'a=:0.9' is not"), ("a", "'a' is not NAME="), ("a=0.3", "'a=0.3' is"),
     ("a=x:", "'a=x:' is not"), ("a=:nan", "is no range"), ("a=0.5:0.4", "0.5:0.4 is no range"), ("a=:0", "leave a out"),
     ("a=-1:", "is no range"), ("a=:2", "is no range"), ("a=0.6:,b=0.6:", "the least shares add up to 1.2"),
     ("a=:0.3,b=:0.3", "the largest to 0.6"), ("a=0:1,", "'' is not NAME=")])
@@ -156,3 +156,11 @@ def test_weighted_targets(tmp_path):
         assert {n: t["val_loss"] for n, t in result["targets"].items()} == rows[-1]["target_losses"]
         shares[weights] = result["mixture"]["b"]
     assert shares["like_b=9,like_c=1"] > 0.7 and shares["like_b,like_c=9"] < 0.3, shares
+
+
+def test_a_fixed_mixture_has_no_bounds(monkeypatch):
+    """It is trained as it is, but shows the repetition of the longer run."""
+    bounds, sources = planned(monkeypatch, [2e9, 10e9], "--train_tokens", 25e9, "--bounds", "s0=0.5:0.6", "--mixture",
+                              "uniform", "--max_steps", 1000, "--block_size", 64)
+    np.testing.assert_array_equal(bounds, [[0, 0], [1, 1]])
+    assert all(s.visible == pytest.approx(1000 * 16 * 64 / 25e9) for s in sources)
