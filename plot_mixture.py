@@ -1,12 +1,13 @@
 """
-Draw what fastmix.py logged, and read what it wrote.
+Log what fastmix.py finds, read it, draw it and hand it on.
 
-    python plot_mixture.py out                 out/mixture.png: mixture, losses and alignments of one run, and its table
+    python plot_mixture.py out                 a run's table; out/mixture.png, also of one in progress
     python plot_mixture.py out out-uniform     out/comparison.png: mixtures and target loss of several runs
-
-The pictures need only log.jsonl, so they work on a run in progress.
+    python plot_mixture.py out-1 out-2 out-3   if they differ in the seed alone: mean and range, and what they agree on
+    python plot_mixture.py out --export hf     the mixture, or the mean of several runs', as a trainer takes it
 """
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -21,14 +22,25 @@ COLOURS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#B
 GREY, INK = "#999999", "#222222"
 
 
-# ---- logs and mixtures, written and read ----------------------------------------------------------------------------
+# ---- logs and results, written and read -----------------------------------------------------------------------------
+
+@contextlib.contextmanager
+def or_fail(what, wrong, mend):
+    """Ends the program with one line where a file cannot be opened, or holds something else than it should."""
+    try:
+        yield
+    except OSError as error:
+        fail(f"{what}: {error.strerror}; {mend}")
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, ArithmeticError) as error:
+        fail(f"{what}: {wrong} ({type(error).__name__}: {error}); {mend}")
+
 
 def open_log(out, step, names):
-    """out/log.jsonl, opened to append rows and held, cut back to those up to the step of the checkpoint (-1: a new run)."""
+    """out/log.jsonl, opened to append rows and held, cut back to those up to the checkpoint's step (-1: a new run)."""
     if launched_rank() > 0:
         return open(os.devnull, "a")
-    path, kept = Path(out, "log.jsonl"), []
-    try:
+    path, mend = Path(out, "log.jsonl"), "put it right, or start a new run in another --out_dir"
+    with or_fail(f"cannot open {path}", "it is not the log of the run in ckpt.pt", mend):
         path.parent.mkdir(parents=True, exist_ok=True)
         log = open(path, "a" if step < 0 else "r+")
         lock(log, out, "wait until it has ended, or choose another --out_dir")
@@ -39,14 +51,10 @@ def open_log(out, step, names):
             kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
             first, last = json.loads(kept[0]), json.loads(kept[-1])
             if (first["step"], last["step"], list(first["alpha"])) != (0, step, names):
-                raise ValueError
+                raise ValueError("other steps or sources")
             log.truncate(len("".join(kept).encode()))
             log.seek(0, os.SEEK_END)
         return log
-    except OSError as error:
-        fail(f"cannot open {path}: {error.strerror}; mend that, or start a new run in another --out_dir")
-    except (ValueError, KeyError, TypeError, IndexError):
-        fail(f"{path} is not the log of the run in ckpt.pt; put that back, or start a new run in another --out_dir")
 
 
 def by_name(names, values):
@@ -57,23 +65,21 @@ def by_name(names, values):
 def append_row(log, names, **row):
     """Writes a row of log.jsonl; tensors (K,) become {name: value}. Returns the row."""
     row = {key: by_name(names, v) if hasattr(v, "tolist") else v for key, v in row.items()}
-    try:
+    with or_fail(f"cannot write {log.name}", "", "make room and go on with --resume"):
         log.write(json.dumps(row) + "\n")
         log.flush()
-    except OSError as error:
-        fail(f"cannot write {log.name}: {error.strerror}; make room and go on with --resume")
     return row
 
 
 def progress(row, steps_per_second):
-    """A row of the log as the line on the screen."""
-    done, left = row["step"] / row["max_steps"], row["max_steps"] - row["step"]
-    line = f"step {row['step']:5d} {done:4.0%} | target {row['target_val_loss']:.3f} | "
+    """A row of the log as the line on the screen, with the largest weights as small bars: python ▆ 0.71  math ▂ 0.20"""
+    line = f"step {row['step']:5d} {row['step'] / row['max_steps']:4.0%} | target {row['target_val_loss']:.3f} | "
     if row["train_loss"] is not None:
-        tokens_per_second = row["tokens"] / row["step"] * steps_per_second
-        line += (f"train {row['train_loss']:.3f} | {tokens_per_second:,.0f} tok/s | "
-                 f"{left / steps_per_second:.0f} s left | ")
-    return line + bars(list(row["alpha"]), list(row["alpha"].values()))
+        line += (f"train {row['train_loss']:.3f} | {row['tokens'] / row['step'] * steps_per_second:,.0f} tok/s | "
+                 f"{(row['max_steps'] - row['step']) / steps_per_second:.0f} s left | ")
+    alpha = row["alpha"]
+    largest = sorted(alpha, key=alpha.get, reverse=True)[:8]
+    return line + "  ".join(f"{n} {'▁▂▃▄▅▆▇█'[min(7, int(a * 8))]} {a:.2f}" for n, a in alpha.items() if n in largest)
 
 
 def save_result(out, names, mixtures, targets, sources, **more):
@@ -81,10 +87,13 @@ def save_result(out, names, mixtures, targets, sources, **more):
     Writes out/mixture.json and returns its contents. mixtures {name: (K,)}, weights in any unit; targets {target:
     results}; sources {what: (K,)} for each source. What it began with is in the log's first row.
     """
-    with open(Path(out, "log.jsonl")) as log:
-        first = json.loads(log.readline())
+    first = log_rows(Path(out, "log.jsonl"))[0]
+    if "bytes_per_token" in sources:  # shares of bytes, unlike those of tokens, hold for any tokenizer
+        size = mixtures["last_half_average"] * sources["bytes_per_token"]
+        more["bytes"] = by_name(names, size / size.sum())
     mixtures = {name: by_name(names, m / m.sum()) for name, m in mixtures.items()}
-    mean = {key: sum(t[key] for t in targets.values()) / len(targets) for key in ("test_loss", "test_bits_per_byte")}
+    mean = {key: sum(t.get("weight", 1 / len(targets)) * t[key] for t in targets.values())
+            for key in ("test_loss", "test_bits_per_byte")}
     result = {"mixture": mixtures["last_half_average"], "recommended": "last_half_average", "unit": "tokens",
               "mixtures": mixtures, "target": list(targets), **mean, "targets": targets,
               "before": first["target_losses"], **more,
@@ -95,25 +104,22 @@ def save_result(out, names, mixtures, targets, sources, **more):
     return result
 
 
+def log_rows(path):
+    """The rows of a log.jsonl, without a last one that is half written."""
+    return [json.loads(line) for line in Path(path).read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+
 def read_log(folder):
     """{column: (P,) array, or {name: (P,) array}} from folder/log.jsonl; missing values are NaN."""
     path = Path(folder, "log.jsonl")
-    try:
-        lines = path.read_text().splitlines(keepends=True)
-        rows = [json.loads(line) for line in lines if line.endswith("\n")]  # the last may be half written
-        nan = lambda v: np.nan if v is None else v
-        log = {}
-        for key in ("step", "target_val_loss"):
-            log[key] = np.array([nan(r[key]) for r in rows], dtype=float)
-        for key in ("alpha", "alignment", "source_loss"):
-            log[key] = {n: np.array([nan(r[key][n]) for r in rows], dtype=float) for n in rows[0]["alpha"]}
-        return log
-    except OSError as error:
-        fail(f"{path}: {error.strerror}; a run of fastmix.py --out_dir {folder} writes it")
-    except (ValueError, KeyError, TypeError):
-        fail(f"{path} is not a log that fastmix.py wrote")
-    except IndexError:
-        fail(f"{path} is still empty; try again when the run has logged a line")
+    with or_fail(path, "not a log that fastmix.py wrote", f"a run of fastmix.py --out_dir {folder} writes it"):
+        rows = log_rows(path) or fail(f"{path} is still empty; try again when the run has logged a line")
+        log = {"step": np.array([int(r["step"]) for r in rows]), "target_losses": {}, "lower": {}, "upper": {}}
+        log["target_val_loss"] = np.array([r["target_val_loss"] for r in rows], dtype=float)
+        for key in ("alpha", "alignment", "source_loss", *({"target_losses", "lower", "upper"} & rows[0].keys())):
+            log[key] = {n: np.array([r[key][n] for r in rows], dtype=float) for n in rows[0][key]}
+        half = log["step"] >= log["step"][-1] / 2
+        return log | {"mixture": {n: a[half].mean() for n, a in log["alpha"].items()}}
 
 
 def read_mixture(text, names, tokens):
@@ -121,47 +127,32 @@ def read_mixture(text, names, tokens):
     What --mixture names -> a schedule (P, 1 + K): fractions of training and the mixture at each, P = 1 for a constant
     one. names and tokens (K,) are the sources' and their sizes. Weights need not sum to 1; who is not named gets 0.
     """
-    fractions = [0.0]
-    if text == "uniform":
-        rows = [dict.fromkeys(names, 1.0)]
-    elif text == "proportional":
-        rows = [dict(zip(names, tokens))]
-    elif text.endswith((".json", ".jsonl")):
-        try:
-            lines = Path(text).read_text().splitlines(keepends=True)
-            if text.endswith(".json"):
-                rows = [json.loads("".join(lines))["mixture"]]
-            else:  # a run in progress may be in the middle of its last line
-                log = [json.loads(line) for line in lines if line.endswith("\n")]
-                rows, steps = [row["alpha"] for row in log], [float(row["step"]) for row in log]
-                planned = log[-1].get("max_steps", steps[-1]) if log else 1
-                fractions = [step / max(planned, 1) for step in steps]
-        except OSError as error:
-            fail(f"--mixture {text}: {error.strerror}; a search writes it to its out_dir")
-        except (ValueError, KeyError, TypeError) as error:
-            fail(f"--mixture {text}: not a mixture that fastmix wrote ({error!r})")
-        if not rows:
-            fail(f"--mixture {text}: empty")
-        if text.endswith(".jsonl") and not all(a < b for a, b in zip(steps, [*steps[1:], math.inf])):
-            fail(f"--mixture {text}: its steps do not rise, so it is not the log of one run")
-        if text.endswith(".jsonl") and steps[-1] < planned:
-            fail(f"--mixture {text}: its run is at step {steps[-1]:.0f} of {planned}; finish it first, with --resume")
-    else:
-        try:
+    fractions, given = [0.0], f"--mixture {text}"
+    with or_fail(given, "not a mixture that fastmix wrote" if text.endswith((".json", ".jsonl")) else
+                 "not a .json or .jsonl file, uniform, proportional, or a=0.8,b=0.2", "a search writes mixture.json"):
+        if text in ("uniform", "proportional"):
+            rows = [dict(zip(names, tokens if text == "proportional" else [1.0] * len(names)))]
+        elif text.endswith(".json"):
+            rows = [json.loads(Path(text).read_text())["mixture"]]
+        elif text.endswith(".jsonl"):
+            log = log_rows(text) or fail(f"{given}: empty")
+            rows, steps = [row["alpha"] for row in log], np.array([float(row["step"]) for row in log])
+            planned = float(log[-1].get("max_steps", steps[-1]))
+            if not (np.diff(steps, append=math.inf) > 0).all():
+                fail(f"{given}: its steps do not rise, so it is not the log of one run")
+            if steps[-1] < planned:
+                fail(f"{given}: its run is at step {steps[-1]:.0f} of {planned:.0f}; finish it first, with --resume")
+            fractions = steps / max(planned, 1)
+        else:
             pairs = [(name.strip(), float(value)) for name, value in (pair.split("=") for pair in text.split(","))]
-        except ValueError:
-            fail(f"--mixture {text}: not a .json or .jsonl file, uniform, proportional, or a=0.8,b=0.2")
-        if len(dict(pairs)) < len(pairs):
-            fail(f"--mixture {text}: a name is given twice")
-        rows = [dict(pairs)]
-    for row in rows:
-        if not isinstance(row, dict) or not row.keys() <= set(names):
-            found = ", ".join(map(str, row)) if isinstance(row, dict) else repr(row)
-            fail(f"--mixture {text} names {found}, but --sources are {', '.join(names)}")
-        bad = [f"{k}={v}" for k, v in row.items() if not (isinstance(v, (int, float)) and 0 <= v < math.inf)]
-        if bad or not 0 < sum(row.values()) < math.inf:
-            fail(f"--mixture {text}: {bad[0] if bad else 'all weights are 0, or too large'}; weights must be numbers "
-                 "from 0 up, one of them above 0")
+            rows = [dict(pairs)] if len(dict(pairs)) == len(pairs) else fail(f"{given}: a name is given twice")
+        for row in rows:
+            if not isinstance(row, dict) or not row.keys() <= set(names):
+                found = ", ".join(row) if isinstance(row, dict) else repr(row)
+                fail(f"{given} names {found}, but --sources are {', '.join(names)}")
+            bad = [f"{k}={v}" for k, v in row.items() if not (isinstance(v, (int, float)) and 0 <= v < math.inf)]
+            if bad or not 0 < sum(row.values()) < math.inf:
+                fail(f"{given}: {(bad or ['all weights are 0, or too large'])[0]}; weights must be numbers from 0 up")
     alphas = np.array([[row.get(name, 0.0) for name in names] for row in rows])
     return np.column_stack([fractions, alphas / alphas.sum(1, keepdims=True)])
 
@@ -172,185 +163,197 @@ def mixture_at(schedule, fraction):
     return schedule.new_tensor([np.interp(fraction, at, column) for column in columns])
 
 
-def bars(names, alpha):
-    """The largest weights as small bars: python ▆ 0.71  math ▂ 0.20"""
-    largest = sorted(sorted(range(len(names)), key=lambda k: -alpha[k])[:8])
-    return "  ".join(f"{names[k]} {'▁▂▃▄▅▆▇█'[min(7, int(alpha[k] * 8))]} {alpha[k]:.2f}" for k in largest)
+def at_bound(share, lower, upper):
+    """Which bound of the search a share is at: "cap", "floor", or "" for none; 0 and 1 are no bounds."""
+    near = [0 < bound < 1 and abs(share - bound) <= max(0.005 * bound, 1e-4) for bound in (upper, lower)]
+    return "cap" if near[0] else "floor" if near[1] else ""
 
 
-def result_table(result):
-    """The lines that a run ends with, from the dict in mixture.json."""
-    width = max(12, *map(len, result["mixture"]))
+def result_table(result, warn=False):
+    """The lines that a run ends with, from the dict in mixture.json; warn: also if its search collapsed or moved on."""
+    mixture, count, width = result["mixture"], len(result["targets"]), max(12, *map(len, result["mixture"]))
     lines = [f"{'source':{width}s} {'tokens':>14s} {'start':>7s} {'final':>7s} {'epochs':>7s} {'val loss':>9s}"]
     for name, s in result["sources"].items():
-        share = result["mixture"][name]
+        share, bound = mixture[name], at_bound(mixture[name], s.get("lower", 0), s.get("upper", 1))
         lines.append(f"{name:{width}s} {s['tokens_available']:14,d} {s['start']:7.3f} {share:7.3f} "
-                     f"{share * result['tokens'] / s['tokens_available']:7.2f} {s['val_loss']:9.3f}")
+                     f"{share * result['tokens'] / s['tokens_available']:7.2f} {s['val_loss']:9.3f}"
+                     + f"  final at its {bound}" * bool(bound))
     lines.append(f"final: average of the last half; epochs: of {result['tokens']:,} tokens drawn by it; "
                  "loss: nats a token")
     for name, t in result["targets"].items():
         lines.append(f"target {name}: test loss {t['test_loss']:.4f} nats a {'learned ' * t['learned_only']}token, "
-                     f"{t['test_bits_per_byte']:.4f} bits a byte"
-                     + (f", {t['accuracy']:.1%} of {t['answers']:,} short answers right" if "accuracy" in t else ""))
-    if len(result["targets"]) > 1:
+                     f"{t['test_bits_per_byte']:.4f} bits a byte; val loss {result['before'][name]:.4f} before, "
+                     f"{t['val_loss']:.4f} after" + f"; weight {t.get('weight', 1 / count):.3f}" * (count > 1))
+    if count > 1:
         lines.append(f"mean of the targets: test loss {result['test_loss']:.4f} nats a token, "
                      f"{result['test_bits_per_byte']:.4f} bits a byte")
+    if warn and result.get("searched") and len(mixture) > 1:
+        name, mend = max(mixture, key=mixture.get), "raise --max_steps, or lower --learning_rate_mixture"
+        moved = sum(abs(result["mixtures"]["last"][n] - mixture[n]) for n in mixture) / 2  # total variation
+        if mixture[name] > 0.9:
+            lines.append(f"warning: nearly all of the mixture is {name}; unless it is the target's kind, {mend}")
+        if moved > 0.2:  # as 2 of 132 in tests/bench_mixtures_earlier.jsonl did, at 10 and 50 times the default rate
+            lines.append(f"warning: {moved:.0%} of the last mixture is not in that average; {mend}")
     return "\n".join(lines)
+
+
+def seed_table(results):
+    """How far R runs that differ in the seed alone agree, as lines; "" if they differ in more, or are not finished."""
+    no_matter = ("seed", "out_dir", "resume", "device", "compile", "log_every")
+    kinds = [{k: v for k, v in r.get("settings", {}).items() if k not in no_matter} for r in results]
+    if not kinds[0] or any(kind != kinds[0] for kind in kinds):
+        return ""
+    shares = {n: np.array([r["mixture"][n] for r in results]) for n in results[0]["mixture"]}  # {name: (R,)}
+    width, order = max(12, *map(len, shares)), sorted(shares, key=lambda n: -shares[n].mean())
+    lines = [f"{'source':{width}s} {'mean share':>10s} {'lowest':>8s} {'highest':>8s}"]
+    lines += [f"{n:{width}s} {s.mean():10.3f} {s.min():8.3f} {s.max():8.3f}" for n, s in shares.items()]
+    swaps = {a: [b for b in order[i + 1:] if (shares[a] < shares[b]).any()] for i, a in enumerate(order)}
+    swaps = "; ".join(f"{a} and {', '.join(others)}" for a, others in swaps.items() if others)
+    lines.append(f"cannot be told apart: {swaps or 'none, all seeds give the same order'}")
+    losses = {f"target {t}": [r["targets"][t]["test_loss"] for r in results] for t in results[0]["targets"]}
+    if len(losses) > 1:
+        losses["mean of the targets"] = [r["test_loss"] for r in results]
+    lines += [f"{t}: test loss {np.mean(x):.4f} nats a token, {min(x):.4f} to {max(x):.4f} over {len(x)} seeds"
+              for t, x in losses.items()]
+    return "\n".join(lines)
+
+
+def export(trainer, results):
+    """The lines that let a trainer draw by the mixture of a run, or the mean of several, in the trainer's own unit."""
+    sources, others, examples = results[0]["sources"], results[-1]["sources"], trainer in ("hf", "llamafactory")
+    if sources.keys() != others.keys():
+        fail(f"--export takes runs of the same sources, not {', '.join(sources)} and {', '.join(others)}")
+    mean = {n: sum(r["mixture"][n] for r in results) / len(results) for n in sources}
+    p = {n: a / (sources[n]["tokens_per_document"] if examples else 1) for n, a in mean.items() if a >= 1e-4}
+    p = {n: round(a / sum(p.values()), 8) for n, a in p.items()}
+    p[max(p, key=p.get)] += 1 - sum(p.values())  # what rounding left over
+    p, left = {n: f"{a:.8f}" for n, a in p.items()}, ", ".join(n for n in mean if n not in p)
+    unit = "examples = shares of tokens / tokens a document" if examples else "fixed-length samples = shares of tokens"
+    return f"# shares of {unit}" + f"; left out, under 0.0001: {left}" * bool(left) + "\n" + {  # trainers refuse 0
+        "megatron": "--data-path " + " ".join(f"{a} {n}_text_document" for n, a in p.items()),
+        "mosaic": "\n".join(["streams:", *(f'  "{n}":\n    local: "{n}"\n    proportion: {a}' for n, a in p.items())]),
+        "llamafactory": f'dataset: "{",".join(p)}"\nmix_strategy: interleave_over\n'
+                        f'interleave_probs: "{",".join(p.values())}"',
+        "hf": f"from datasets import interleave_datasets  # yours: {{name: its Dataset}}\n"
+              f"p = {{{', '.join(f'{n!r}: {a}' for n, a in p.items())}}}\n"
+              "mixed = interleave_datasets([yours[n] for n in p], probabilities=list(p.values()), "
+              f'seed={results[0]["seed"]}, stopping_strategy="all_exhausted")'}[trainer]
 
 
 # ---- pictures -------------------------------------------------------------------------------------------------------
 
-def smooth(y, window):
-    """Centred moving average that skips missing values and keeps the length."""
-    ones, known = np.ones(window), np.isfinite(y)
-    count = np.convolve(known, ones, "same")
-    return np.where(count > 0, np.convolve(np.where(known, y, 0), ones, "same") / np.maximum(count, 1), np.nan)
+def short(name):
+    """A name for the picture: 30 characters of a longer one."""
+    return name if len(name) <= 30 else f"{name[:15]}…{name[-14:]}"
 
 
-def label_ends(ax, labels):
-    """Writes (y, text, colour) right of the axes at height y, moved apart where they would overlap."""
-    low, high = ax.get_ylim()
-    gap = (high - low) * 15 / (ax.get_window_extent().height / ax.figure.dpi * 72)  # 15 points
-    labels = sorted(l for l in labels if np.isfinite(l[0]))
-    heights = [min(max(y, low), high) for y, _, _ in labels]
-    for _ in range(200):  # push neighbours apart, half each, until nothing overlaps
-        for i in range(1, len(heights)):
-            overlap = gap - (heights[i] - heights[i - 1])
-            if overlap > 1e-9:
-                heights[i - 1] -= overlap / 2
-                heights[i] += overlap / 2
-        heights[-1:] = [min(high, h) for h in heights[-1:]]  # stay within the axes, above all off the one below
-        heights[:1] = [max(low, h) for h in heights[:1]]
-    for height, (_, text, colour) in zip(heights, labels):
-        ax.annotate(text, (1.01, height), xycoords=("axes fraction", "data"), color=colour, va="center",
-                    fontsize=10, fontweight="bold", annotation_clip=False)
+def draw_curves(ax, curves, skip, window=1):
+    """Draws curves [(x (P,), y (P,), label, colour, width, dash)]. Returns what label_ends() takes."""
+    ends, seen = [], []
+    for x, y, label, colour, width, dash in curves:
+        x, y, ones = x[np.isfinite(y)], y[np.isfinite(y)], np.ones(window)
+        if len(y) >= window > 1:  # a moving average, and thin what it smooths
+            ax.plot(x, y, color=colour, linewidth=0.8, alpha=0.3)
+            y = np.convolve(y, ones, "same") / np.convolve(np.ones(len(y)), ones, "same")
+        ax.plot(x, y, color=colour, linewidth=width, linestyle=dash)
+        ends += [(y[-1], label, colour)] if len(y) else []
+        seen.extend(y[int(skip * len(y)):])  # without the first rows, which would dwarf all others
+    if seen:
+        margin = 0.08 * np.ptp(seen) + 1e-9
+        ax.set_ylim(min(seen) - margin, max(seen) + margin)
+    return ends
 
 
-def fit(ax, curves):
-    """Sets the limits of y to what the curves need; False where they hold no value at all."""
-    values = np.concatenate(curves)
-    values = values[np.isfinite(values)]
-    if len(values):
-        margin = 0.08 * np.ptp(values) + 1e-9
-        ax.set_ylim(values.min() - margin, values.max() + margin)
-    return len(values) > 0
+def label_ends(ax, ends):
+    """Writes ends [(y, text, colour)] right of the axes at height y, moved apart where they would overlap."""
+    ax.figure.draw_without_rendering()  # settles the height; the width then is what the layout leaves beside all text
+    y, texts, colours = zip(*sorted(ends)) if ends else ((), (), ())
+    (low, high), k = ax.get_ylim(), np.arange(len(y))
+    points = ax.get_window_extent().height / ax.figure.dpi * 72
+    size = min(10 if max(map(len, texts), default=0) < 22 else 8, points / (1.5 * len(y) + 1))
+    gap = (high - low) * 1.5 * size / points
+    y = np.array(y) - gap * k  # less what the labels below take, heights only have to ascend
+    y = (np.maximum.accumulate(y) + np.minimum.accumulate(y[::-1])[::-1]) / 2
+    for height, text, colour in zip(np.clip(y, low, high - gap * (len(y) - 1)) + gap * k, texts, colours):
+        ax.annotate(text, (1.01, height), xycoords=("axes fraction", "data"), color=colour, va="center", fontsize=size,
+                    fontweight="bold", annotation_clip=False)
 
 
-def last(y):
-    """Last value that is there."""
-    known = y[np.isfinite(y)]
-    return known[-1] if len(known) else np.nan
-
-
-def plot_run(plt, log, title):
+def plot_run(fig, log, title):
     """Mixture on top; losses and alignments below."""
-    fig, axes = plt.subplot_mosaic([["mixture", "mixture"], ["loss", "alignment"]], figsize=(10, 7.2), dpi=110)
-    fig.subplots_adjust(left=0.07, right=0.88, top=0.93, bottom=0.08, hspace=0.34, wspace=0.52)
-    step, names = log["step"], list(log["alpha"])
-    shown = names if len(names) <= len(COLOURS) else sorted(names, key=lambda n: -last(log["alpha"][n]))[:6]
-    bands = {n: log["alpha"][n] for n in shown}
-    if len(shown) < len(names):
-        bands[f"{len(names) - len(shown)} others"] = sum(log["alpha"][n] for n in names if n not in shown)
-    colour = dict(zip(shown, COLOURS))
-    span, start = (step[0], max(step[-1], 1)), len(step) // 16  # the very first steps would dwarf all others
-
-    ax = axes["mixture"]
-    ax.stackplot(step, *bands.values(), colors=[colour.get(n, GREY) for n in bands], alpha=0.85, edgecolor="white",
-                 linewidth=0.6)
-    ax.set(title=title, ylabel="mixture weight", xlabel="step", ylim=(0, 1), xlim=span)
-    tops = np.cumsum([b[-1] for b in bands.values()])
-    label_ends(ax, [(top - b[-1] / 2, f"{n}  {b[-1]:.2f}", colour.get(n, GREY))
-                    for top, (n, b) in zip(tops, bands.items())])
-
-    ax = axes["loss"]
-    for n in shown:
-        ax.plot(step, log["source_loss"][n], color=colour[n], linewidth=1.2)
-    known = np.isfinite(log["target_val_loss"])
-    ax.plot(step[known], log["target_val_loss"][known], color=INK, linewidth=2.4)
-    ax.set(title="target val loss (black) and train losses", xlabel="step", ylabel="nats a token", xlim=span)
-    settled = [c[start:] for c in (*log["source_loss"].values(), log["target_val_loss"])]
-    fit(ax, settled)
-    label_ends(ax, [(last(log["source_loss"][n]), n, colour[n]) for n in shown]
-               + [(last(log["target_val_loss"]), "target", INK)])
-
-    ax = axes["alignment"]
-    window = max(1, len(step) // 12)
-    curves = {n: smooth(log["alignment"][n], window) for n in shown}
-    for n in shown:
-        ax.plot(step, log["alignment"][n], color=colour[n], linewidth=0.8, alpha=0.3)
-        ax.plot(step, curves[n], color=colour[n], linewidth=1.8)
-    ax.set(title="alignment with the target", xlabel="step", ylabel=r"$\langle P g_{val}, g_k\rangle$", xlim=span)
-    if fit(ax, [c[2 * start:] for c in curves.values()]):
-        ax.axhline(0, color=GREY, linewidth=0.8)
-        label_ends(ax, [(last(curves[n]), n, colour[n]) for n in shown])
-    else:
-        ax.text(0.5, 0.5, "none measured", ha="center", color=GREY, transform=ax.transAxes)
-    return fig
+    step, alpha, targets = log["step"], log["alpha"], log["target_losses"]
+    x = {"xlabel": "step", "xlim": (step[0], max(step[-1], 1))}
+    top, left, right = fig.subplot_mosaic([["mixture", "mixture"], ["loss", "alignment"]], subplot_kw=x).values()
+    shown = list(alpha) if len(alpha) <= len(COLOURS) else sorted(alpha, key=lambda n: -alpha[n][-1])[:6]
+    bands = {n: alpha[n] for n in shown}
+    if len(shown) < len(alpha):
+        bands[f"{len(alpha) - len(shown)} others"] = sum(alpha[n] for n in alpha if n not in shown)
+    colour, ends = dict(zip(bands, [*COLOURS[:len(shown)], GREY])), []
+    top.stackplot(step, *bands.values(), colors=colour.values(), alpha=0.85, edgecolor="white", linewidth=0.6)
+    for (n, b), edge in zip(bands.items(), np.cumsum([b[-1] for b in bands.values()])):
+        bound = at_bound(b[-1], log["lower"].get(n, [0])[-1], log["upper"].get(n, [1])[-1])
+        ends.append((edge - b[-1] / 2, f"{short(n)}  {b[-1]:.2f} {bound}".rstrip(), colour[n]))
+    lines = [(step, log["source_loss"][n], short(n), colour[n], 1.2, "-") for n in shown]
+    if 1 < len(targets) <= 6:
+        lines += [(step, y, short(n), INK, 0.9, ["--", ":", "-."][i % 3]) for i, (n, y) in enumerate(targets.items())]
+    lines.append((step, log["target_val_loss"], "mean of targets" if len(targets) > 1 else "target", INK, 2.4, "-"))
+    gains = [(step, log["alignment"][n], short(n), colour[n], 1.8, "-") for n in shown]
+    right.axhline(0, color=GREY, linewidth=0.8)
+    ends = {top: ends, left: draw_curves(left, lines, 1 / 16), right: draw_curves(right, gains, 1 / 8, len(step) // 12)}
+    top.set(title=f"{short(title)}: mixture over training", ylabel="mixture weight", ylim=(0, 1))
+    left.set(title="target val loss (black) and train losses", ylabel="nats a token")
+    right.set(title="alignment with the target" if ends[right] else "no alignment measured", ylabel="⟨P g_val, g_k⟩")
+    for ax in ends:
+        label_ends(ax, ends[ax])
 
 
-def plot_comparison(plt, logs):
-    """Last-half average mixture of each run as grouped bars; target val loss over the steps."""
-    fig, (left, right) = plt.subplots(1, 2, figsize=(10, 4.6), dpi=110)
-    fig.subplots_adjust(left=0.07, right=0.85, top=0.91, bottom=0.2, wspace=0.22)
-    names = list(dict.fromkeys(n for log in logs.values() for n in log["alpha"]))
-    width = 0.8 / len(logs)
+def plot_comparison(fig, logs, mixtures, seeds):
+    """Mixtures [{source: share}] of runs as bars, or of seeds mean and range; target val losses of logs {run: log}."""
+    names = list(dict.fromkeys(n for mixture in mixtures for n in mixture))
+    shares = np.array([[mixture.get(n, 0) for n in names] for mixture in mixtures])  # (R, K)
+    mean, place, width, curves = shares.mean(0), np.arange(len(names)), 0.8 / len(logs), []
+    fig.set_figheight(max(4.6, 0.2 * len(names)))
+    left, right = fig.subplots(1, 2)
     for i, (run, log) in enumerate(logs.items()):
-        half = log["step"] >= log["step"][-1] / 2
-        heights = [log["alpha"][n][half].mean() if n in log["alpha"] else 0 for n in names]
-        style = {"color": COLOURS[i % len(COLOURS)]}
-        left.bar(np.arange(len(names)) + (i - (len(logs) - 1) / 2) * width, heights, width, **style)
-        known = np.isfinite(log["target_val_loss"])
-        right.plot(log["step"][known], log["target_val_loss"][known], linewidth=1.8,
-                   linestyle=["-", "--", ":"][i // len(COLOURS) % 3], **style)
-    left.set_xticks(np.arange(len(names)), names, rotation=30 if len(names) < 13 else 90, ha="right")
-    left.set(title="mixture (average of the last half)", ylabel="weight")
+        colour = COLOURS[i % len(COLOURS)]
+        curves.append((log["step"], log["target_val_loss"], short(run), colour, 1.8, ["-", "--", ":"][i // 7 % 3]))
+        if not seeds:
+            left.barh(place + (i + 0.5) * width - 0.4, shares[i], width, color=colour)
+    if seeds:
+        left.barh(place, mean, 0.7, xerr=[mean - shares.min(0), shares.max(0) - mean], color=GREY, capsize=3)
+    left.set(title="mixture, mean and range" if seeds else "mixture, last half",
+             xlabel="weight", yticks=place, yticklabels=map(short, names), ylim=(len(names) - 0.5, -0.5))
     right.set(title="target val loss", xlabel="step", ylabel="nats a token")
-    ends = [log["target_val_loss"][np.isfinite(log["target_val_loss"])] for log in logs.values()]
-    tails = np.concatenate([e[-max(1, len(e) * 2 // 3):] for e in ends if len(e)] or [np.zeros(1)])
-    fit(right, [tails])
-    label_ends(right, [(last(log["target_val_loss"]), f"{run}  {last(log['target_val_loss']):.3f}",
-                        COLOURS[i % len(COLOURS)]) for i, (run, log) in enumerate(logs.items())])
-    return fig
-
-
-def show_result(run):
-    """Prints the table of a run that has finished."""
-    path = Path(run, "mixture.json")
-    try:
-        if path.exists():
-            say(result_table(json.loads(path.read_text())))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        fail(f"{path}: not what this fastmix.py writes ({error!r})")
+    label_ends(right, [(y, f"{run}  {y:.3f}", colour) for y, run, colour in draw_curves(right, curves, 1 / 3)])
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", help="out_dir of a run; several give a comparison")
-    parser.add_argument("--show", action="store_true", help="open a window as well")
+    parser.add_argument("runs", nargs="+", type=Path, help="out_dir of a run; several give a comparison")
+    parser.add_argument("--export", choices=("hf", "megatron", "mosaic", "llamafactory"), help="print for this trainer")
     args = parser.parse_args()
+    runs, results = list(dict.fromkeys(args.runs)), []
+    for path in (run / "mixture.json" for run in runs):
+        with or_fail(path, "not what this fastmix.py writes", "finish the run, or search again with this version"):
+            results.append(json.loads(path.read_text()) if args.export or path.exists() else {})
+            text = result_table(results[-1], warn=True) if path.exists() else ""  # fails where something is missing
+            text = export(args.export, results) if args.export else text
+    if args.export:
+        return say(text)
     # a name that the terminal cannot encode is drawn with ? in its place
-    logs = {run.rstrip("/").encode(errors="replace").decode(): read_log(run) for run in args.runs}
-    import matplotlib  # here, not above: who only reads a mixture does without it
-    if not args.show:
-        matplotlib.use("Agg")  # draws without a display
-    import matplotlib.pyplot as plt
-    plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "font.size": 10})
-    folder, first = args.runs[0], next(iter(logs))
-    if len(logs) == 1:
-        show_result(folder)
-        fig, path = plot_run(plt, logs[first], f"{first}: mixture over training"), Path(folder, "mixture.png")
+    logs = {str(run).encode(errors="replace").decode(): read_log(run) for run in runs}
+    import matplotlib.figure  # here, not above: who only reads a mixture does without it
+    matplotlib.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "axes.titlelocation": "left",
+                                "text.parse_math": False})
+    fig, path = matplotlib.figure.Figure((10, 7.2), 110, layout="constrained"), runs[0] / "mixture.png"
+    if len(runs) == 1:
+        plot_run(fig, *logs.values(), *logs)
     else:
-        fig, path = plot_comparison(plt, logs), Path(folder, "comparison.png")
-    partial = path.with_suffix(".partial.png")
-    try:
-        fig.savefig(partial)
-        os.replace(partial, path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        fail(f"cannot write {path}: {error.strerror}")
-    say(f"wrote {path}")
-    if args.show:
-        plt.show()
+        text, path = seed_table(results), runs[0] / "comparison.png"
+        mixtures = [result.get("mixture", log["mixture"]) for result, log in zip(results, logs.values())]
+        plot_comparison(fig, logs, mixtures, seeds=text != "")
+    save_atomically(path, lambda f: fig.savefig(f, format="png"))
+    say(f"{text}\nwrote {path}".lstrip())
 
 
 if __name__ == "__main__":
