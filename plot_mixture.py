@@ -172,14 +172,14 @@ def at_bound(share, lower, upper):
 def result_table(result, warn=False):
     """The lines that a run ends with, from the dict in mixture.json; warn: also if its search collapsed or moved on."""
     mixture, count, width = result["mixture"], len(result["targets"]), max(12, *map(len, result["mixture"]))
+    tokens = int(result["settings"].get("train_tokens") or result["tokens"])
     lines = [f"{'source':{width}s} {'tokens':>14s} {'start':>7s} {'final':>7s} {'epochs':>7s} {'val loss':>9s}"]
     for name, s in result["sources"].items():
         share, bound = mixture[name], at_bound(mixture[name], s.get("lower", 0), s.get("upper", 1))
         lines.append(f"{name:{width}s} {s['tokens_available']:14,d} {s['start']:7.3f} {share:7.3f} "
-                     f"{share * result['tokens'] / s['tokens_available']:7.2f} {s['val_loss']:9.3f}"
+                     f"{share * tokens / s['tokens_available']:7.2f} {s['val_loss']:9.3f}"
                      + f"  final at its {bound}" * bool(bound))
-    lines.append(f"final: average of the last half; epochs: of {result['tokens']:,} tokens drawn by it; "
-                 "loss: nats a token")
+    lines.append(f"final: average of the last half; epochs: of {tokens:,} tokens drawn by it; loss: nats a token")
     for name, t in result["targets"].items():
         lines.append(f"target {name}: test loss {t['test_loss']:.4f} nats a {'learned ' * t['learned_only']}token, "
                      f"{t['test_bits_per_byte']:.4f} bits a byte; val loss {result['before'][name]:.4f} before, "

@@ -164,3 +164,12 @@ def test_a_fixed_mixture_has_no_bounds(monkeypatch):
                               "uniform", "--max_steps", 1000, "--block_size", 64)
     np.testing.assert_array_equal(bounds, [[0, 0], [1, 1]])
     assert all(s.visible == pytest.approx(1000 * 16 * 64 / 25e9) for s in sources)
+
+
+def test_the_table_counts_epochs_of_the_real_run(synthetic):
+    run("fastmix.py", *BASE, "--train_tokens", 30_000, "--max_epochs", 2, "--out_dir", "table", cwd=synthetic)
+    result = json.loads((synthetic / "table" / "mixture.json").read_text())
+    lines = run("plot_mixture.py", "table", cwd=synthetic).splitlines()
+    assert any("epochs: of 30,000 tokens drawn by it" in line for line in lines)
+    row = next(line.split() for line in lines if line.startswith("b "))
+    assert float(row[4]) == pytest.approx(result["mixture"]["b"] * 30_000 / 10_000, abs=0.02)
