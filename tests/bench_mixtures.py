@@ -6,6 +6,7 @@ update rules of DoGE and DoReMi, by the target's test loss of models trained fro
     python tests/bench_mixtures.py                             four tasks, hours on 2 cores; stop and go on as you like
     python tests/bench_mixtures.py --gpt2_ranks FILE.tiktoken  a fifth task, with a BPE vocabulary
     python tests/bench_mixtures.py --stages transfer stretch sensitivity               the other questions
+    python tests/bench_mixtures.py --stages repetition --seeds 12 13 14 --far 3        caps and repetition, an hour
     python tests/bench_mixtures.py --table --results tests/bench_mixtures.jsonl        from stored results, no run
 
 Every run is fastmix.py itself, in one thread, --jobs at a time, and one line in WORK/results.jsonl; a line that is
@@ -409,6 +410,34 @@ def sensitivity(bench, args):
     bench.run()
 
 
+def repetition(bench, args):
+    """
+    The scarce task, trained STRETCH times as long as it is searched: what a search finds without and with the caps of
+    that run (--max_epochs) and its repetition, in % of uniform's loss there.
+    """
+    steps, seeds = STRETCH * args.steps, args.seeds[: args.far]
+    tokens = steps * DEFAULTS["batch_size"] * DEFAULTS["block_size"]
+    scarce = len(read(args.work / "data", "prose_2", "train"))
+    kinds = {"neither": {}, "repetition": {"train_tokens": tokens, "max_epochs": 1e9},
+             "cap of 4 epochs": {"bounds": f"prose_2=:{min(1.0, 4 * scarce / tokens):g}"}, "both": {"train_tokens": tokens},
+             **{f"both, {n} epochs": {"train_tokens": tokens, "max_epochs": n} for n in (8, 16)}}
+    for seed in seeds:
+        for name, flags in kinds.items():
+            bench.add("scarce", f"search for {steps} steps, {name}", seed, flags=flags)
+    bench.run()
+    for seed in seeds:
+        bench.add("scarce", "uniform", seed, "uniform", steps=steps)
+        for name in kinds:
+            found = bench.get("scarce", f"search for {steps} steps, {name}", seed)["mixtures"]["last_half_average"]
+            bench.add("scarce", name, seed, found, steps=steps)
+    bench.run()
+    uniform = losses(bench.results, "scarce", "uniform", seeds, steps)
+    for name in kinds:
+        gain = 100 * (losses(bench.results, "scarce", name, seeds, steps) / uniform - 1)
+        share = [bench.get("scarce", name, s, steps=steps)["mixture"][-1] for s in seeds]
+        print(f"| {name} | " + " | ".join(f"{g:+.2f}" for g in gain) + f" | {gain.mean():+.2f} | {np.mean(share):.3f} |")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # tables and figures
 
@@ -618,7 +647,7 @@ def figure_sensitivity(results, args, path):
 STAGES = {"compare": compare,
           "stretch": lambda bench, args: use_elsewhere(bench, args, steps=STRETCH * args.steps),
           "transfer": lambda bench, args: use_elsewhere(bench, args, size="large"),
-          "sensitivity": sensitivity}
+          "sensitivity": sensitivity, "repetition": repetition}
 
 
 def main():
