@@ -8,11 +8,10 @@ Text in, token files out: data/NAME/{train,val,test}.bin and meta.json for each 
 
 .jsonl, .ndjson and .json (an array, or lines), also .gz, hold records: one document each under --text_key, or one
 example with a prompt and a response (see read_record). Any other file is one UTF-8 document. Documents, not tokens, are
-divided over train, val and test, by a hash of their content: in whatever set, order or number a document turns up, it
-goes to the same split. One of over 32,768 characters is divided by the page. The .bin files follow nanoGPT: flat uint16
-(uint32 above 65,535 ids), documents ended by <|endoftext|>. Beside those of examples lies SPLIT.mask.bin, uint8: 1
-where the token is learned, 0 where it is only read. Text is streamed, so memory stays flat however large the input is
-(but for a JSON array). The reader of these files, TokenSet, stands at the end.
+divided over train, val and test, by a hash of their content: in whatever set one turns up, it goes to the same split.
+One of over 32,768 characters is divided by the page. The .bin files follow nanoGPT: flat uint16 (uint32 above 65,535
+ids), documents ended by <|endoftext|>; beside those of examples lies SPLIT.mask.bin, uint8: 1 where the token is learned,
+0 where it is only read. Text, but for a JSON array, is streamed, so memory stays flat. The reader, TokenSet, is below.
 """
 import argparse
 import base64
@@ -48,8 +47,7 @@ FEW = 200  # documents or pages: fewer may leave a split empty by chance, so tha
 SKETCH = 1024  # hashes of documents kept in meta.json, of each split, to find out whether sets share text
 SAMPLE_SOURCES, SAMPLE_TARGETS = ("python", "cpp", "prose", "math", "legal", "noise"), ("numpy", "numpy_tasks")
 SAMPLE = (*SAMPLE_SOURCES, "numpy", "describe", "implement", "declare", "numpy_tasks")
-SAMPLE_CHARS = 4_000_000  # at most this much of each sample source
-EXAMPLE_CHARS = 250  # longest example of the sample
+SAMPLE_CHARS, EXAMPLE_CHARS = 4_000_000, 250  # most of a source of the sample, and of an example
 PAIRS = (("prompt", "response"), ("prompt", "completion"), ("question", "answer"), ("instruction", "output"))
 SCHEMAS = f"text, messages, conversations, {', '.join(map('/'.join, PAIRS))}"
 CONVERT = {  # endings of files that are not read, and the command that makes of one what is
@@ -227,16 +225,16 @@ def example(prompt, response):
 def plain(content):
     """The text of a record's value: a string, null, or a list of parts that hold a text each."""
     if isinstance(content, list):
-        return "".join(plain(part.get("text", 0) if isinstance(part, dict) else part) for part in content)
+        return "".join(plain(part["text"] if isinstance(part, dict) and "text" in part else part) for part in content)
     if content is not None and not isinstance(content, str):
-        raise ValueError(f"{str(content)[:30]!r} is not text; leave the record out")
+        raise ValueError(f"{str(content)[:60]} is not text; leave the record out")
     return content or ""
 
 
 def chat(turns, learn=True):
     """Turns {role, content} or {from, value} -> parts "role: content" and line end, the assistant's (gpt's) learned."""
     parts = []
-    for turn in turns:
+    for turn in turns if isinstance(turns, list) else [turns] if turns else []:
         if not isinstance(turn, dict) or not {"role", "from"} & turn.keys():
             raise ValueError("a chat must be a list of turns, each with role and content, or from and value")
         role = turn.get("role", turn.get("from"))
@@ -562,8 +560,7 @@ def write_set(name, units, tokenizer, args, fractions, origin):
 
 def settings(args):
     """The flags that a prepared set depends on beside its text."""
-    return {"tokenizer": args.tokenizer, "seed": args.seed, "val_fraction": args.val_fraction,
-            "test_fraction": args.test_fraction}
+    return {flag: getattr(args, flag) for flag in ("tokenizer", "seed", "val_fraction", "test_fraction")}
 
 
 # ---- reading what was written ---------------------------------------------------------------------------------------
@@ -733,17 +730,16 @@ def gather(sets, split, source, u):
 def sample_is_there(name, args):
     """True where the sample's set was prepared before. Anything else of that name ends the program."""
     folder, meta = Path(args.data_dir, name), {}
-    if not folder.exists():
-        return False
     with contextlib.suppress(OSError, ValueError):
         meta = json.loads((folder / "meta.json").read_text())
     if meta.get("origin", "the sample") != "the sample":
         fail(f"{folder} was made from {meta['origin']}, and the sample has a set '{name}' too; use another --data_dir")
-    if not args.overwrite:
-        if meta.get("settings") != settings(args):
-            fail(f"{folder} exists, prepared with other settings; add --overwrite to replace it")
-        say(f"  {name:11s} is there already, kept")
-    return not args.overwrite
+    if args.overwrite or not folder.exists():
+        return False
+    if meta.get("settings") != settings(args):
+        fail(f"{folder} exists, prepared with other settings; add --overwrite to replace it")
+    say(f"  {name:11s} is there already, kept")
+    return True
 
 
 def main():

@@ -345,11 +345,12 @@ def test_bad_masks(planted):
 def test_bad_examples(tmp_path):
     good = [json.dumps({"prompt": f"p{i}", "response": f"r{i}"}) for i in range(150)]
     cases = {
-        "type": ('{"prompt": "x", "response": 5}', "type.jsonl, line 120: '5' is not text"),
+        "type": ('{"prompt": "x", "response": 5}', "type.jsonl, line 120: 5 is not text"),
         "text": ('{"text": "plain"}', "text.jsonl, line 120: it is of the schema text", "prompt/response; prepare"),
         "chat": ('{"messages": [{"role": "assistant", "content": "x"}]}', "chat.jsonl, line 120: it is of the schema"),
+        "seven": ('{"messages": 7}', "seven.jsonl, line 120: a chat must be a list of turns"),
         "turns": ('{"messages": "hello"}', "turns.jsonl, line 120: a chat must be a list of turns"),
-        "image": ('{"messages": [{"role": "user", "content": [{"type": "image"}]}]}', "line 120: '0' is not text"),
+        "image": ('{"messages": [{"role": "user", "content": [{"type": "image"}]}]}', "line 120: {'type': 'image'} is not text"),
         "keys": ('{"Input": "x", "Output": "y"}', "line 120: no known key in it, but Input, Output; known are text, ",
                  "--prompt_key and --response_key"),
         "preference": ('{"prompt": "x", "chosen": "y", "rejected": "z"}', "line 120", "preferences",
@@ -379,7 +380,8 @@ def test_records_without_a_text_are_left_out_and_counted(tmp_path):
         "text": [{"text": None if i % 3 == 0 else " " if i % 3 == 1 else f"document {i}"} for i in range(300)],
         "qa": [{"question": f"q{i}", "answer": f"a{i}" if i % 3 == 2 else None if i % 3 else ""} for i in range(300)],
         "chat": [{"messages": [{"role": "user", "content": f"u{i}"}]
-                  + [{"role": "assistant", "content": f"a{i}"}] * (i % 3 == 2)} for i in range(300)],
+                  + [{"role": "assistant", "content": f"a{i}"}] * (i % 3 == 2)} if i % 5 or i % 3 == 2 else
+                 {"messages": None} for i in range(300)],
     }
     for name, records in some.items():
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
