@@ -359,8 +359,8 @@ def read_bounds(text, names):
                  "leave it out of --sources")
         bounds[:, names.index(name)] = low, high
     if bounds[0].sum() > 1 + 1e-9 or bounds[1].sum() < 1 - 1e-9:
-        fail(f"--bounds '{text}': the least shares add up to {bounds[0].sum():g}, the largest to {bounds[1].sum():g}; 1 "
-             "must lie between them")
+        fail(f"--bounds '{text}': the least shares add up to {bounds[0].sum():g}, the largest to {bounds[1].sum():g}; "
+             "1 must lie between them")
     return bounds
 
 

@@ -10,8 +10,8 @@ Text in, token files out: data/NAME/{train,val,test}.bin and meta.json for each 
 example with a prompt and a response (see read_record). Any other file is one UTF-8 document. Documents, not tokens, are
 divided over train, val and test, by a hash of their content: in whatever set one turns up, it goes to the same split.
 One of over 32,768 characters is divided by the page. The .bin files follow nanoGPT: flat uint16 (uint32 above 65,535
-ids), documents ended by <|endoftext|>; beside those of examples lies SPLIT.mask.bin, uint8: 1 where the token is learned,
-0 where it is only read. Text, but for a JSON array, is streamed, so memory stays flat. The reader, TokenSet, is below.
+ids), documents ended by <|endoftext|>; beside those of examples lies SPLIT.mask.bin, uint8: 1 where a token is
+learned, 0 where it is only read. Text, but for a JSON array, is streamed: memory stays flat. The reader is TokenSet.
 """
 import argparse
 import base64
