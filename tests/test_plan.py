@@ -107,23 +107,23 @@ def test_what_a_shorter_run_is_shown(tmp_path, visible):
 def test_a_search_for_a_longer_run(synthetic):
     """b, the best source, may have 0.4 of it: it does not get more, and of each source a tenth is shown."""
     tokens = 60 * 8 * 16
-    for flags, out in ((["--max_epochs", 0.4 * 10 * tokens / 10_000], "long"), (["--max_epochs", 1e9], "shown")):
+    for flags, out in ((["--max_epochs", 0.4 * 10 * tokens / 10_000], "plan-long"), (["--max_epochs", 1e9], "plan-shown")):
         run("fastmix.py", *BASE, "--learning_rate_mixture", 0.1, "--train_tokens", 10 * tokens, *flags, "--out_dir", out,
             cwd=synthetic)
-    result = json.loads((synthetic / "long" / "mixture.json").read_text())
+    result = json.loads((synthetic / "plan-long" / "mixture.json").read_text())
     assert result["mixture"]["b"] == pytest.approx(0.4, abs=0.01) and result["sources"]["b"]["upper"] == pytest.approx(0.4)
-    assert all(row["alpha"]["b"] < 0.4 + 1e-9 for row in log_rows(synthetic / "long"))
-    assert json.loads((synthetic / "shown" / "mixture.json").read_text())["mixture"]["b"] > 0.5
-    run("fastmix.py", *BASE, "--train_tokens", 10 * tokens, "--mixture", "uniform", "--out_dir", "fixed", cwd=synthetic)
+    assert all(row["alpha"]["b"] < 0.4 + 1e-9 for row in log_rows(synthetic / "plan-long"))
+    assert json.loads((synthetic / "plan-shown" / "mixture.json").read_text())["mixture"]["b"] > 0.5
+    run("fastmix.py", *BASE, "--train_tokens", 10 * tokens, "--mixture", "uniform", "--out_dir", "plan-fixed", cwd=synthetic)
     assert "at most" in refused("fastmix.py", *BASE, "--train_tokens", 1e9, "--out_dir", "no", cwd=synthetic)
     assert not (synthetic / "no").exists()
 
 
 def test_resume_keeps_the_plan(synthetic):
     flags = [*BASE, "--train_tokens", 50_000, "--max_epochs", 2, "--bounds", "a=0.2:"]
-    run("fastmix.py", *flags, "--out_dir", "planned", cwd=synthetic)
-    run("fastmix.py", "--resume", "--out_dir", "planned", cwd=synthetic)
-    assert "--bounds a=0.2:, not a=0.1:" in refused("fastmix.py", "--resume", "--bounds", "a=0.1:", "--out_dir", "planned",
+    run("fastmix.py", *flags, "--out_dir", "plan-resumed", cwd=synthetic)
+    run("fastmix.py", "--resume", "--out_dir", "plan-resumed", cwd=synthetic)
+    assert "--bounds a=0.2:, not a=0.1:" in refused("fastmix.py", "--resume", "--bounds", "a=0.1:", "--out_dir", "plan-resumed",
                                                    cwd=synthetic)
 
 
@@ -167,9 +167,9 @@ def test_a_fixed_mixture_has_no_bounds(monkeypatch):
 
 
 def test_the_table_counts_epochs_of_the_real_run(synthetic):
-    run("fastmix.py", *BASE, "--train_tokens", 30_000, "--max_epochs", 2, "--out_dir", "table", cwd=synthetic)
-    result = json.loads((synthetic / "table" / "mixture.json").read_text())
-    lines = run("plot_mixture.py", "table", cwd=synthetic).splitlines()
+    run("fastmix.py", *BASE, "--train_tokens", 30_000, "--max_epochs", 2, "--out_dir", "plan-table", cwd=synthetic)
+    result = json.loads((synthetic / "plan-table" / "mixture.json").read_text())
+    lines = run("plot_mixture.py", "plan-table", cwd=synthetic).splitlines()
     assert any("epochs: of 30,000 tokens drawn by it" in line for line in lines)
     row = next(line.split() for line in lines if line.startswith("b "))
     assert float(row[4]) == pytest.approx(result["mixture"]["b"] * 30_000 / 10_000, abs=0.02)
