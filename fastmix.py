@@ -50,7 +50,7 @@ def parse_args(defaults):
                                 usage="python fastmix.py [options]   (--help for all)")
     g = p.add_argument_group("data and output").add_argument
     g("--sources", help="comma-separated names of prepared sources (default: the sample's)")
-    g("--target", help="set or sets to do well on, such as a,b or a=2,b=1 (default: the sample's; sources' val splits)")
+    g("--target", help="set or sets to do well on, such as a,b or a=2,b=1 (default: the sources' own, or the sample's)")
     g("--data_dir", default="data", help="where prepare_data.py wrote (%(default)s)")
     g("--out_dir", default="out", help="gets log.jsonl, ckpt.pt and mixture.json (%(default)s)")
     g("--init_from", help="start from the weights in this checkpoint; the model's flags default to what it has")
@@ -62,9 +62,9 @@ def parse_args(defaults):
     g("--outer_every", type=int, default=1, help="optimizer steps between two outer steps (%(default)s)")
     g("--learning_rate_mixture", type=float, default=0.02, help="step on z at one rms above the mean (%(default)s)")
     g("--target_batch_size", type=int, default=2, help="target sequences an outer step (%(default)s)")
-    g("--train_tokens", type=float, help="of the run that the mixture is for: they bound shares and set repetition")
-    g("--max_epochs", type=float, default=4.0, help="epochs of a source that --train_tokens may hold (%(default)s)")
-    g("--bounds", help="least and largest shares by name, such as web=0.1:0.5,code=:0.3")
+    g("--train_tokens", type=float, help="of the later, real run: caps shares, sets repetition as it will be")
+    g("--max_epochs", type=float, default=4.0, help="most epochs of a source in --train_tokens (%(default)s)")
+    g("--bounds", help="least and largest shares of a search by name, such as web=0.1:0.5,code=:0.3")
     g = p.add_argument_group("model").add_argument
     g("--n_layer", type=int, default=2, help="blocks (%(default)s)")
     g("--n_head", type=int, default=4, help="attention heads (%(default)s)")
@@ -126,8 +126,8 @@ def draw_batch(sets, split, q, n, rng):
 def loss_weights(alpha, q, density):
     """
     Formula (1): the weight (K,) of source k's tokens when sequences are drawn by q (K,), alpha_k / q_k. Where sets have
-    masks and density (K,) of their tokens are learned, the loss is the mean over the learned tokens of a stream mixed
-    by alpha; that common factor is 1 for text. NaN, and not used, where a source is neither wanted nor drawn.
+    masks and density (K,) of their tokens are learned, it is divided by sum_k alpha_k density_k, for a mean over the
+    learned tokens of a stream mixed by alpha. NaN, and not used, where a source is neither wanted nor drawn.
     """
     return alpha / (q * (alpha * density).sum())
 
@@ -159,16 +159,16 @@ class FusedWeightedCrossEntropy(torch.autograd.Function):
             for i in range(0, N, chunk):
                 s = slice(i, min(i + chunk, N))
                 h, is_learned, y = hidden[s].to(dtype), targets[s] != IGNORE, targets[s].clamp(min=0)[:, None]
-                p = torch.log_softmax(torch.mm(h, W.T, out=logits[: len(h)]), 1, dtype=wide)  # (n, V)
-                token_loss[s] = -p.gather(1, y).squeeze(1) * is_learned
+                log_p = torch.log_softmax(torch.mm(h, W.T, out=logits[: len(h)]), 1, dtype=wide)  # (n, V)
+                token_loss[s] = -log_p.gather(1, y).squeeze(1) * is_learned
                 if need_h or need_W:  # log p becomes p, then p - y, in place
-                    p = p.exp_().scatter_add_(1, y, torch.full_like(p[:, :1], -1.0)).to(dtype)
+                    p = log_p.exp_().scatter_add_(1, y, torch.full_like(log_p[:, :1], -1.0)).to(dtype)
                 if need_h:
                     grad_h[s] = (p @ W) * coef[s, None]
                 if need_W:
                     weighted_h = (h * coef[s, None]).to(dtype)
                     for k, (start, end) in enumerate(zip([0, *ends], ends)):
-                        of_k = slice(max(start - i, 0), min(end - i, len(p)))  # the chunk's tokens from source k
+                        of_k = slice(max(start - i, 0), min(end - i, len(h)))  # the chunk's tokens from source k
                         if of_k.start < of_k.stop:
                             torch.mm(p[of_k].T, weighted_h[of_k], out=dW)  # (V, C), from tokens of source k alone
                             grad_W += dW
@@ -204,7 +204,7 @@ def batch_loss(model, head, x, y, r, n_tokens, PG=None, ends=None):
     """
     A micro-batch's part of the step's loss, sum_t r_t loss_t / n_tokens. x, y (B, T); r (B,) weights of its sequences;
     n_tokens the step has in all, learned or not. Dividing by their number and not by the sum of the weights keeps the
-    expected gradient exactly sum_k alpha_k g_k. Returns (loss, token_loss (B, T), parts (K,)).
+    expected gradient exactly sum_k alpha_k g_k (beta_k g_k with masks). Returns (loss, token_loss (B, T), parts (K,)).
     """
     hidden = model(x)  # (B, T, C)
     loss, token_loss, parts = fused_cross_entropy(hidden.flatten(0, 1), head, y.flatten(),
@@ -242,8 +242,8 @@ def mixture_step(z, A, present, rate):
     """
     Formula (3) as a step of mirror descent on the simplex, on the logits z (K,) in place: z moves against the gradient
     over alpha, not over z, which vanishes with alpha_k and would leave a source that has lost its weight where it is.
-    A (K,) alignments, in units of their rms because a gradient's scale says nothing about mixtures. present (K,): a
-    source that was not in the batch has no alignment, stays out of mean and rms, and keeps its logit.
+    A (K,) alignments, in units of their rms, weighted by alpha as the mean is, because a gradient's scale says nothing
+    about mixtures. present (K,): a source that was not in the batch has no alignment and keeps its logit.
     """
     alpha = torch.softmax(z, 0)
     share = alpha * present / (alpha * present).sum()  # (K,) among the sources present
@@ -302,14 +302,14 @@ def main():
     sources, targets, target_weights = load_sets(args, ckpt)
     device, autocast = start_machine(args)
     out, searching, rank = Path(args.out_dir), args.mixture is None, ranks()[0]
-    tell = say if rank == 0 else lambda *_: None
     names, K, T = [s.name for s in sources], len(sources), args.block_size
     sets = dict.fromkeys((*sources, *targets))  # each once, in order
     n_sequences = args.batch_size * args.grad_accum
     tokens_per_step = n_sequences * T
     available = torch.tensor([s.available("train") for s in sources])  # (K,) tokens to train on
     density = torch.tensor([s.density("train") for s in sources], dtype=torch.float64)  # (K,) learned per token drawn
-    lower, upper = torch.from_numpy(plan(args, sources, n_sequences))  # (K,) least and largest shares
+    lower, upper = torch.from_numpy(plan(args, sources, n_sequences))  # (K,); sets how much each source shows, too
+    # of a run at a fixed mixture; a placeholder for one that searches or is resumed
     schedule = read_mixture("uniform" if searching or args.resume else args.mixture, names, available.tolist())
 
     # model, optimizer and state: with the settings, all that a checkpoint holds
@@ -321,7 +321,7 @@ def main():
     state = SimpleNamespace(
         step=0, reported=-1, seconds=0.0,  # steps done, and when the last report was written; time taken
         z=torch.zeros(K, dtype=torch.float64),  # (K,) logits of the mixture, alpha = softmax(z)
-        G=torch.zeros_like(head.data),  # (V, C) running mean of the target's gradient
+        G=torch.zeros_like(head.data),  # (V, C) running mean of the target's gradient; its direction counts
         schedule=torch.from_numpy(schedule),  # (P, 1 + K) of a run at a fixed mixture: fractions of it, mixtures there
         run_sum=torch.zeros(K, dtype=torch.float64), half_sum=torch.zeros(K, dtype=torch.float64),  # of alpha
         drawn=torch.zeros(K, dtype=torch.int64))  # tokens seen of each source
@@ -331,8 +331,8 @@ def main():
     settings = {"args": vars(args), "config": vars(net.config), "tokenizer": sources[0].tokenizer,
                 "digests": {s.name: s.digest for s in sets}}
     log = open_log(out, state.step if args.resume else -1, names)
-    tell(f"{net.num_params():,} parameters, {tokens_per_step:,} tokens a step, {device}, sources {args.sources}; "
-         f"target {args.target}; {'searching' if searching else f'mixture {args.mixture}'}")
+    say(f"{net.num_params():,} parameters, {tokens_per_step:,} tokens a step, {device}, sources {args.sources}; "
+        f"target {args.target}; {'searching' if searching else f'mixture {args.mixture}'}")
 
     # sums since the last report; the names on the left are rows of one tensor
     loss_sum, learned_sum = sums = torch.zeros(2, K, device=device)  # of each source, over its learned tokens
@@ -360,14 +360,14 @@ def main():
                 train_loss=train_loss if taken else None, source_loss=loss_sum / learned_sum,
                 target_val_loss=target_loss, target_losses=target_losses, tokens=step * tokens_per_step,
                 seconds=round(state.seconds, 3), lower=lower, upper=upper)
-            tell(progress(row, taken / seconds))
+            say(progress(row, taken / seconds))
             for t in (sums, measured, weighted_loss):
                 t.zero_()
             save_checkpoint(out / "ckpt.pt", net, optimizer, state, settings)
         if last:
             break
         if stop:
-            tell(f"stopped at step {step}; go on with: python fastmix.py --resume --out_dir {out}")
+            say(f"stopped at step {step}; go on with: python fastmix.py --resume --out_dir {out}")
             raise SystemExit(130)
 
         # ---- outer step, first half: the target's gradient, averaged over outer steps
@@ -401,7 +401,7 @@ def main():
             loss.backward()
             step_loss.index_add_(0, k[m], token_loss.sum(1))
             step_learned.index_add_(0, k[m], (y[m] != IGNORE).float().sum(1))
-            parts += part if outer else 0.0
+            parts += part
             weighted_loss += loss.detach()
         add_up(step_sums, *(p.grad for p in net.parameters()))
         torch.nn.utils.clip_grad_norm_(net.parameters(), args.grad_clip or math.inf)

@@ -28,7 +28,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
-from prepare_data import SAMPLE_SOURCES, SAMPLE_TARGETS, SKETCH, TokenSet, fail, launched_rank, save_atomically, say
+from prepare_data import SAMPLE_SOURCES, SAMPLE_TARGETS, SKETCH, TokenSet, fail, save_atomically, say
 
 
 @dataclass
@@ -330,16 +330,15 @@ def load_sets(args, ckpt=None):
         if found != (tokenizer, size):
             fail(f"{other} was made with the tokenizer {found[0]} ({found[1]} ids), {first} with {tokenizer} ({size}); "
                  "prepare all with the same --tokenizer")
-    warn = say if launched_rank() == 0 else lambda *_: None
     for s in loaded.values():
         examples, long, left_out = s.cut
         if long:
-            warn(f"{s.name}: of {examples:,} examples {long:,} are longer than --block_size {args.block_size} and "
-                 f"lose their end; {left_out:,} of these have a prompt as long and are left out")
+            say(f"{s.name}: of {examples:,} examples {long:,} are longer than --block_size {args.block_size} and "
+                f"lose their end; {left_out:,} of these have a prompt as long and are left out")
     for t, s, split in itertools.product(targets, sources, ("val", "test")):
         share = overlap(loaded[t].meta["splits"][split], loaded[s].meta["splits"]["train"])
         if share >= 0.005:
-            warn(f"warning: about {share:.0%} of the {split} split of target {t} is in the train split of source {s}")
+            say(f"warning: about {share:.0%} of the {split} split of target {t} is in the train split of source {s}")
     total = sum(targets.values())
     return [loaded[n] for n in sources], [loaded[n] for n in targets], [w / total for w in targets.values()]
 
@@ -351,7 +350,7 @@ def read_bounds(text, names):
         name, _, span = (part.strip() for part in item.partition("="))
         try:
             left.remove(name)
-            low, high = (float(end or nothing) for end, nothing in zip(span.split(":"), (0, 1), strict=True))
+            low, high = (float(end or default) for end, default in zip(span.split(":"), (0, 1), strict=True))
         except ValueError:
             fail(f"--bounds '{text}': '{item}' is not NAME=LEAST:LARGEST with one of {', '.join(names)}, each once")
         if not 0 <= low <= high <= 1 or high == 0:
@@ -367,17 +366,18 @@ def read_bounds(text, names):
 def plan(args, sources, n_sequences):
     """
     Least and largest shares (2, K) for a search over the sources, by --bounds and by what --train_tokens, the length of
-    the run that the mixture is for, allows in --max_epochs. The sources then show as much less of their train split as
-    this run is shorter, so that the proxy sees the repetition of that run. n_sequences: that a step has.
+    the run that the mixture is for, allows in --max_epochs. Also for --mixture: of its train split each source shows
+    the fraction this run's tokens / --train_tokens, so that the proxy sees that run's repetition. n_sequences: a step's.
     """
-    lower, upper = read_bounds(args.bounds, [s.name for s in sources])
+    names = [s.name for s in sources]
+    lower, upper = read_bounds(args.bounds, names)
     for s in sources if args.train_tokens else ():
         s.visible = min(1.0, args.max_steps * n_sequences * args.block_size / args.train_tokens)
     if args.mixture is not None:
-        return np.stack([0 * lower, 0 * upper + 1])
+        return read_bounds(None, names)
     if n_sequences < 2:
         fail("a search compares sources within a step: --batch_size times --grad_accum must be at least 2")
-    if n_sequences < len(sources) and ranks()[0] == 0:
+    if n_sequences < len(sources):
         say(f"warning: with {n_sequences} sequences a step for {len(sources)} sources, each step compares only some of "
             "them")
     if args.train_tokens:
@@ -387,13 +387,13 @@ def plan(args, sources, n_sequences):
             return np.minimum(upper, args.max_epochs * epoch / tokens)
 
         def can_be_had(tokens):
-            return capped(tokens).sum() >= 1 and (capped(tokens) >= lower).all()
+            return capped(tokens).sum() >= 1 - 1e-9 and (capped(tokens) >= lower).all()
         if not can_be_had(args.train_tokens):
             low, high = 0.0, args.train_tokens
             for _ in range(60):
                 middle = (low + high) / 2
                 low, high = (middle, high) if can_be_had(middle) else (low, middle)
             fail(f"--train_tokens {args.train_tokens:g} takes more than --max_epochs {args.max_epochs:g} of these "
-                 f"sources{' within --bounds' * bool(args.bounds)}; at most {low:.5g} can be had")
+                 f"sources{' within --bounds' * bool(args.bounds)}; at most {int(low)} can be had")
         upper = capped(args.train_tokens)
     return np.stack([lower, upper])

@@ -75,9 +75,10 @@ def fail(message):
 
 
 def say(*text):
-    """print(), for a program that goes on where a terminal lacks a glyph, and when its reader leaves (| head)."""
+    """print() of rank 0, that goes on where a terminal lacks a glyph, and when its reader leaves (| head)."""
     try:
-        print(*text, flush=True)
+        if launched_rank() == 0:
+            print(*text, flush=True)
     except UnicodeEncodeError:
         print(*(str(t).encode("ascii", "replace").decode() for t in text), flush=True)
     except OSError:  # from here on nobody listens
@@ -185,10 +186,7 @@ def is_text(path):
 
 
 def find_files(name, path):
-    """
-    A file, a glob or a folder -> list of files. A folder is walked in order, through links, without hidden names; what
-    is no text there is left out, and said.
-    """
+    """A file, a glob or a folder, walked in order, links too but no hidden names -> list of files that hold text."""
     def stop(error):
         raise error
 
@@ -201,9 +199,10 @@ def find_files(name, path):
     else:
         found, seen = [], set()
         for folder, subfolders, names in os.walk(path, onerror=stop, followlinks=True):
-            seen.add(os.path.realpath(folder))  # links may run in circles
-            subfolders[:] = sorted(d for d in subfolders if not d.startswith(".")
-                                   and os.path.realpath(os.path.join(folder, d)) not in seen)
+            real = {d: os.path.realpath(os.path.join(folder, d)) for d in ("", *sorted(subfolders)) if d[:1] != "."}
+            seen.add(real.pop(""))  # links may run in circles, or lead to where the walk has been
+            subfolders[:] = [d for d, path_of_d in real.items() if path_of_d not in seen]
+            seen |= {*real.values()}
             found += [os.path.join(folder, n) for n in sorted(names) if not n.startswith(".")]
         files = [f for f in found if os.path.isfile(f) and (is_records(f) or is_text(f))]
         others = sorted({*found} - {*files})
@@ -262,7 +261,10 @@ def read_record(record, args):
     if talk:
         schema, parts = talk, chat(record[talk])
     elif pair and isinstance(record[pair[1]], list):
-        schema, parts = "/".join(pair), chat(record[pair[0]], learn=False) + chat(record[pair[1]])
+        schema, parts, before = "/".join(pair), chat(record[pair[1]]), record[pair[0]]
+        if isinstance(before, str):  # one turn of the user, unless the answer repeats it
+            before = [{"role": "user", "content": before}] if parts[:1] == [("assistant: ", False)] else []
+        parts = chat(before, learn=False) + parts
     elif pair:
         schema, prompt, response = "/".join(pair), *(plain(record[key]) for key in pair)
         if pair[0] == "instruction" and record.get("input"):
@@ -276,8 +278,8 @@ def read_record(record, args):
     else:
         raise ValueError(f"no {own or 'known key'} in it, but {', '.join(list(record)[:8])}; known are {SCHEMAS}; name "
                          "others with --text_key, or with --prompt_key and --response_key")
-    if talk or pair and isinstance(record[pair[1]], list):
-        parts[-1:] = [(text.removesuffix("\n"), learned) for text, learned in parts[-1:]]  # <|endoftext|> ends it
+    if parts and schema != "text":
+        parts[-1] = parts[-1][0].removesuffix("\n"), parts[-1][1]  # <|endoftext|> ends it
     return schema, parts if any(learned and text.strip() for text, learned in parts) else None
 
 
@@ -495,7 +497,7 @@ def place(parts, seed):
 def write_set(name, units, tokenizer, args, fractions, origin):
     """
     Tokenizes units (schema, does a document begin?, parts) into data_dir/name. val takes those whose place is below
-    the first of `fractions`, test those above 1 minus the second: sets prepared with other fractions then overlap
+    the first of `fractions`, test those from 1 minus the second: sets prepared with other fractions then overlap
     little. The folder appears whole or not at all: it is renamed when complete. origin says where the text came from.
     """
     dtype = "uint16" if tokenizer.n_vocab <= 65_536 else "uint32"
@@ -509,7 +511,7 @@ def write_set(name, units, tokenizer, args, fractions, origin):
         if len(places) < 3:
             fail(f"{name}: {len(places)} different documents (pages, where one has over {WHOLE:,} characters), too few "
                  "for train, val and test; give it more text")
-        val_end, test_start = max(val_end, places[1]), min(test_start, places[-1])
+        val_end, test_start = max(val_end, np.nextafter(places[0], 1)), min(test_start, places[-1])
     ours, schema = False, first[0][0]
     try:
         partial.mkdir(parents=True, exist_ok=True)
@@ -537,9 +539,8 @@ def write_set(name, units, tokenizer, args, fractions, origin):
         splits = {split: file.close() for split, file in files.items()}
         for split in SPLITS:
             if splits[split]["tokens"] == 0:
-                fractions = "smaller --val_fraction and --test_fraction"
-                fail(f"{name}: its {split} split is empty ({n_documents:,} documents in all); give it more text or "
-                     f"{fractions if split == 'train' else f'a larger --{split}_fraction'}")
+                mend = "smaller fractions of val and test" if split == "train" else f"a larger --{split}_fraction"
+                fail(f"{name}: its {split} split is empty ({n_documents:,} documents); give it more text or {mend}")
         meta = {"name": name, "origin": origin, "schema": schema, "tokenizer": tokenizer.name,
                 "vocab_size": tokenizer.n_vocab, "eot_token": tokenizer.eot_token, "dtype": dtype,
                 "documents": n_documents, "settings": settings(args), "splits": splits}
@@ -684,12 +685,12 @@ class TokenSet:
         return size / tokens, tokens / self.meta.get("documents", documents)
 
     def at_fraction(self, split, u):
-        """Where windows begin, for fractions u (B,) of a split in [0, 1), of what of it is visible."""
+        """Where windows begin, for fractions u (B,) in [0, 1) of the visible part, stretches spread over a split."""
         n, T = (len(self.rows[split][0]), 0) if split in self.rows else (len(self.tokens(split)), self.block_size)
-        shown = max(n * self.visible, T + 1) if split == "train" else n  # never less than a window
-        stretches = max(1, int(shown / (64 * T + 64))) if shown < n else 1  # each of some 64 windows, evenly spread
+        visible = max(n * self.visible, T + 1) if split == "train" else n  # never less than a window
+        stretches = max(1, int(visible / (64 * T + 64))) if visible < n else 1  # of some 64 windows each
         stretch, within = np.divmod(u * stretches, 1)
-        i = (stretch * n / stretches + within * (shown / stretches - T)).astype(np.int64)
+        i = (stretch * n / stretches + within * (visible / stretches - T)).astype(np.int64)
         return self.rows[split][0][i] if split in self.rows else i
 
     def spread(self, split, max_tokens):

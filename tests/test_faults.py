@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -164,12 +165,14 @@ def test_resume_after_any_split_changed(three):
     run("fastmix.py", "--resume", "--out_dir", "out", cwd=three)
 
 
-@pytest.mark.parametrize("given", [{"RANK": "1"}, {"LOCAL_RANK": "1"}, {"WORLD_SIZE": "2"}, {"RANK": "0", "WORLD_SIZE": "2"},
-                                   {"RANK": "x", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": "1"},
-                                   {"RANK": "2", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": "1"}])
-def test_a_part_of_torchruns_environment(three, given):
-    line = refused("fastmix.py", *RUN, "--max_steps", 1, cwd=three, env=given)
-    assert " ".join(f"{k}={v}" for k, v in given.items() if k != "MASTER_PORT") in line and "unset it" in line
+def test_a_part_of_torchruns_environment(three):
+    cases = [{"RANK": "1"}, {"LOCAL_RANK": "1"}, {"WORLD_SIZE": "2"}, {"RANK": "0", "WORLD_SIZE": "2"},
+             {"RANK": "x", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": "1"},
+             {"RANK": "2", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": "1"}]
+    with ThreadPoolExecutor(2) as pool:
+        lines = pool.map(lambda given: refused("fastmix.py", *RUN, "--max_steps", 1, cwd=three, env=given), cases)
+        for given, line in zip(cases, lines):
+            assert " ".join(f"{k}={v}" for k, v in given.items() if k != "MASTER_PORT") in line and "unset it" in line
     assert not (three / "out").exists()
 
 
@@ -209,16 +212,18 @@ def test_links_binaries_and_json_in_a_folder(tmp_path):
     assert "src/only: no text there" in run("prepare_data.py", "x=src/only", cwd=tmp_path, status=2)
 
 
-@pytest.mark.parametrize("name, content", [
-    ("x.JSONL", "lines"), ("x.ndjson", "lines"), ("x.json", "lines"), ("x.json", "array"), ("x.json", "one line"),
-    ("x.jsonl", "array"), ("x.NDJSON.gz", "lines"), ("x.json.gz", "array")])
-def test_records_under_any_ending(tmp_path, name, content):
+def test_records_under_any_ending(tmp_path):
     import gzip
+    cases = [("x.JSONL", "lines"), ("x.ndjson", "lines"), ("a.json", "lines"), ("b.json", "array"), ("c.json", "one line"),
+             ("x.jsonl", "array"), ("x.NDJSON.gz", "lines"), ("x.json.gz", "array")]
     records = [{"instruction": f"what is {i}?", "input": "", "output": f"it is {i}"} for i in range(400)]
     text = {"lines": "".join(json.dumps(r) + "\n" for r in records), "array": "\ufeff" + json.dumps(records, indent=1),
-            "one line": json.dumps(records)}[content].encode()
-    (tmp_path / name).write_bytes(gzip.compress(text) if name.endswith("gz") else text)
-    assert "(400 documents, instruction/output, " in run("prepare_data.py", f"qa={name}", cwd=tmp_path)
+            "one line": json.dumps(records)}
+    for name, content in cases:
+        data = text[content].encode()
+        (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith("gz") else data)
+    stdout = run("prepare_data.py", *(f"s{i}={name}" for i, (name, _) in enumerate(cases)), cwd=tmp_path)
+    assert stdout.count("(400 documents, instruction/output, ") == len(cases)
 
 
 def test_files_that_are_not_read_as_they_are(tmp_path):
