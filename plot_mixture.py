@@ -99,7 +99,8 @@ def save_result(out, names, mixtures, targets, sources, **more):
               "before": first["target_losses"], **more,
               "sources": {n: {what: values[k].item() for what, values in sources.items()} for k, n in enumerate(names)}}
     for name, s in result["sources"].items():
-        s |= {"epochs": s["tokens_seen"] / s["tokens_available"], "start": first["alpha"][name]}
+        s |= {"epochs": s["tokens_seen"] / s["tokens_available"], "start": first["alpha"][name],
+              "bound": at_bound(result["mixture"][name], s.get("lower", 0), s.get("upper", 1))}
     save_atomically(Path(out, "mixture.json"), lambda f: f.write((json.dumps(result, indent=1) + "\n").encode()))
     return result
 
@@ -118,8 +119,7 @@ def read_log(folder):
         log["target_val_loss"] = np.array([r["target_val_loss"] for r in rows], dtype=float)
         for key in ("alpha", "alignment", "source_loss", *({"target_losses", "lower", "upper"} & rows[0].keys())):
             log[key] = {n: np.array([r[key][n] for r in rows], dtype=float) for n in rows[0][key]}
-        half = log["step"] >= log["step"][-1] / 2
-        return log | {"mixture": {n: a[half].mean() for n, a in log["alpha"].items()}}
+        return log | {"mixture": {n: a[log["step"] >= log["step"][-1] / 2].mean() for n, a in log["alpha"].items()}}
 
 
 def read_mixture(text, names, tokens):

@@ -270,6 +270,7 @@ def test_bounds_hold_from_the_first_step_on(synthetic, stdout):
     assert row["alpha"] == pytest.approx({"a": 0.3, "b": 0.4, "noise": 0.3}, abs=1e-6)
     result = json.loads((synthetic / "bounded" / "mixture.json").read_text())
     assert result["mixture"]["b"] == pytest.approx(0.4, abs=0.02) and result["sources"]["b"]["upper"] == 0.4
+    assert [s["bound"] for s in result["sources"].values()] == ["", "cap", "floor"]
 
 
 def test_a_strangers_checkpoint_runs_no_code(synthetic, tmp_path):
