@@ -148,8 +148,8 @@ class FusedWeightedCrossEntropy(torch.autograd.Function):
         (N, C), V, device = hidden.shape, len(weight), hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
         wide = torch.promote_types(dtype, torch.float32)  # softmax and sums: bfloat16 has 8 significant bits
-        # a chunk's logits and probabilities are as many numbers as the hidden states and the head, in memory anyway
-        chunk = min(N, chunk or max(64 if device == "cpu" else 4096, (N + V) * C // (2 * V)))
+        # a chunk's logits are about as many numbers as the hidden states and the head, which are in memory anyway
+        chunk = min(N, chunk or max(64 if device == "cpu" else 4096, (N + V) * C // V))
         need_h, need_W = ctx.needs_input_grad[:2]
         W = weight.to(dtype)
         logits, dW = (torch.empty(n, d, dtype=dtype, device=hidden.device) for n, d in ((chunk, V), (V, C)))
