@@ -404,7 +404,8 @@ def main():
             parts += part
             weighted_loss += loss.detach()
         add_up(step_sums, *(p.grad for p in net.parameters()))
-        torch.nn.utils.clip_grad_norm_(net.parameters(), args.grad_clip or math.inf)
+        if args.grad_clip:
+            torch.nn.utils.clip_grad_norm_(net.parameters(), args.grad_clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         sums += step_sums[:2]

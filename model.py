@@ -366,8 +366,9 @@ def read_bounds(text, names):
 def plan(args, sources, n_sequences):
     """
     Least and largest shares (2, K) for a search over the sources, by --bounds and by what --train_tokens, the length of
-    the run that the mixture is for, allows in --max_epochs. Also for --mixture: of its train split each source shows
-    this run's tokens / --train_tokens of it, so that the proxy sees that run's repetition. n_sequences: of a step.
+    the run that the mixture is for, allows in --max_epochs. Also for --mixture: each source shows only the fraction
+    this run's tokens / --train_tokens of its train split, so that the proxy sees that run's repetition. n_sequences: of
+    a step.
     """
     names = [s.name for s in sources]
     lower, upper = read_bounds(args.bounds, names)

@@ -624,7 +624,7 @@ class TokenSet:
         elif n < self.block_size + 1:
             fail(f"{self.folder}/{split}.bin: {n} tokens, too short for --block_size {self.block_size} (needs "
                  f"{self.block_size + 1}); give '{self.name}' more text or lower --block_size")
-        self.tokens_per_byte(split)  # raises now, and not after the run, where meta.json has no such counts
+        self.tokens_per_byte(split), self.averages()  # raise now, and not after the run, where such counts are missing
 
     def tokens(self, split):
         """Token ids of a split, (n,)."""

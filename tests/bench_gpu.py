@@ -13,7 +13,6 @@ import contextlib
 import copy
 import gc
 import json
-import math
 import os
 import signal
 import subprocess

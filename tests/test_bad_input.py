@@ -32,7 +32,7 @@ def broken(synthetic, tmp_path_factory):
         path.write_bytes(path.read_bytes()[:-cut])
     write_set(folder / "data" / "lost", good)
     (folder / "data" / "lost" / "test.bin").unlink()
-    for name, wrong in (("unweighed", {"bytes": 0}), ("unknown", {"learned": None})):
+    for name, wrong in (("unweighed", {"bytes": 0}), ("unknown", {"learned": None}), ("uncounted", {"documents": None})):
         write_set(folder / "data" / name, good)
         meta = json.loads((folder / "data" / name / "meta.json").read_text())
         meta["splits"]["test"] |= wrong
@@ -78,6 +78,7 @@ CASES = {
     "missing split": (["--sources", "a,lost"], "lost/test.bin: missing"),
     "broken meta.json": (["--sources", "a,meta"], "meta/meta.json is not what prepare_data.py writes"),
     "no bytes counted": (["--sources", "a,unweighed"], "unweighed/meta.json is not what prepare_data.py writes (ZeroDivisionError"),
+    "documents not counted": (["--sources", "a,uncounted"], "uncounted/meta.json is not what prepare_data.py writes"),
     "learned unknown": (["--sources", "a,unknown"], "unknown/meta.json is not what prepare_data.py writes (TypeError"),
     "examples without end": (["--sources", "endless"], "endless/train.bin does not end in <|endoftext|>"),
     "id outside": (["--sources", "outside", "--max_steps", "200", "--out_dir", "found-late"],
