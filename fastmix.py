@@ -7,21 +7,21 @@ K sources, a mixture alpha of them, a small proxy model w and a target (validati
     inner:  w*(alpha) = argmin over w of  sum_k alpha_k L_k(w)
 
 Both are descended at once. The inner step is ordinary training; the outer step moves alpha = softmax(z) by the gradient
-of the target loss one inner step ahead, w' = w - eta P sum_k alpha_k g_k with AdamW's P = 1 / sqrt(v), to first order:
+of the target loss one step ahead, w' = w - eta P sum_k alpha_k g_k. With P the inverse curvature of the inner loss, and
+not AdamW's own, the step points to where training will end, and A_k is what the implicit function theorem says of w*:
 
     (1) weights    draw sources from q = (1 - eps) alpha + eps / K and weight source k's loss by alpha_k / q_k;
-                   the expected gradient is sum_k alpha_k g_k for every eps            -> draw(), loss_weights()
-    (2) alignment  A_k = <P g_val, g_k>, taken at the LM head, whose gradient the pass that
-                   trains forms in chunks of tokens, here source by source             -> FusedWeightedCrossEntropy
-    (3) mixture    dL_val(w') / dz_k = -eta alpha_k (A_k - sum_j alpha_j A_j), stepped as
-                   mirror descent, A in units of its rms: z_k += rate (A_k - mean) / rms    -> mixture_step()
+                   the expected gradient is sum_k alpha_k g_k for every eps    -> draw(), loss_weights()
+    (2) alignment  A_k = <P g_val, g_k>, taken at the LM head, whose gradient the pass that trains
+                   forms in chunks, source by source    -> inverse_curvature(), FusedWeightedCrossEntropy
+    (3) mixture    dL_val(w') / dz_k = -eta alpha_k (A_k - sum_j alpha_j A_j), stepped as mirror
+                   descent, A in units of its rms: z_k += rate (A_k - mean) / rms    -> mixture_step()
 
     python prepare_data.py && python fastmix.py                  search on the sample set, minutes on a 2-core CPU
     python fastmix.py --mixture out/mixture.json --out_dir out-found       train at the mixture that was found
-    python fastmix.py --init_from out/ckpt.pt --sources qa,chat --target task --out_dir out-tuned     post-training
 
 Paper: "FastMix: Fast Data Mixture Optimization via Gradient Descent", Tan et al., ICLR 2026, arXiv 2606.14971.
-This implementation's own: P, a running mean of g_val, the rms and eps < 1 (the authors' code has eps = 1).
+This implementation's own: P (theirs is 1), a running mean of g_val, the rms and eps < 1 (theirs is 1).
 """
 import argparse
 import math
@@ -103,8 +103,8 @@ def draw(q, n, offset, order):
     """
     Systematic sampling of n sequences over sources with probabilities q (K,): n equally spaced points, moved by one
     offset in [0, 1), on the cumulative q. Source k gets floor(n q_k) or ceil(n q_k) of them, n q_k in expectation.
-    order is how the sources lie along that line, a random permutation, new at each step: in one fixed order two
-    neighbours with small q would never share a batch. Returns the sequences' sources, (n,) ascending.
+    order is how sources lie along that line, a permutation new at each step: in a fixed order two neighbours with small
+    q would never share a batch. Returns the sequences' sources, (n,) ascending.
     """
     edges = np.cumsum(q[order])
     place = np.searchsorted(edges / edges[-1], (np.arange(n) + offset) / n, side="right")
@@ -125,9 +125,8 @@ def draw_batch(sets, split, q, n, rng):
 
 def loss_weights(alpha, q, density):
     """
-    Formula (1): the weight (K,) of source k's tokens when sequences are drawn by q (K,), alpha_k / q_k. Where sets have
-    masks and density (K,) of their tokens are learned, it is divided by sum_k alpha_k density_k, for a mean over the
-    learned tokens of a stream mixed by alpha. NaN, and not used, where a source is neither wanted nor drawn.
+    Formula (1): the weight (K,) of source k's tokens when sequences are drawn by q (K,). Where density (K,) of a set's
+    tokens is learned, the mean is over the learned ones. NaN, and not used, for a source neither wanted nor drawn.
     """
     return alpha / (q * (alpha * density).sum())
 
@@ -139,7 +138,7 @@ class FusedWeightedCrossEntropy(torch.autograd.Function):
     and the one-hot target y_t, the gradient of loss_t is W^T (p_t - y_t) for h_t and (p_t - y_t) h_t^T for the head W.
 
     hidden (N, C), weight (V, C), targets (N,) with IGNORE where nothing is learned, coef (N,); ends (K,): where each
-    source's tokens end; PG (V, C) or None, the target's gradient in AdamW's units. Returns the loss; token_loss (N,),
+    source's tokens end; PG (V, C) or None, the target's gradient times P. Returns the loss; token_loss (N,),
     in nats; and, given PG, parts (K,): the sum over each source's tokens of coef_t <PG, (p_t - y_t) h_t^T>.
     """
 
@@ -189,8 +188,7 @@ def fused_cross_entropy(hidden, weight, targets, r=None, divisor=None, PG=None, 
     """
     Weighted next-token loss from hidden states, sum_t r_t loss_t / divisor. hidden (N, C), weight (V, C), targets (N,),
     r (N,) weights of the tokens (None: all 1), divisor a number (None: sum_t r_t, for the mean). Returns (loss in nats,
-    token_loss (N,), parts (K,)), see above. Tokens with target IGNORE count nowhere; a mean over nothing is NaN, as
-    F.cross_entropy's is.
+    token_loss (N,), parts (K,)), see above. Targets that are IGNORE count nowhere; a mean over nothing is NaN.
     """
     if not torch.is_grad_enabled():
         hidden, weight = hidden.detach(), weight.detach()  # tells the walk that no gradient is wanted
@@ -203,8 +201,8 @@ def fused_cross_entropy(hidden, weight, targets, r=None, divisor=None, PG=None, 
 def batch_loss(model, head, x, y, r, n_tokens, PG=None, ends=None):
     """
     A micro-batch's part of the step's loss, sum_t r_t loss_t / n_tokens. x, y (B, T); r (B,) weights of its sequences;
-    n_tokens the step has in all, learned or not. Dividing by their number and not by the sum of the weights keeps the
-    expected gradient exactly sum_k alpha_k g_k (beta_k g_k with masks). Returns (loss, token_loss (B, T), parts (K,)).
+    n_tokens the step has in all, learned or not: divided by the sum of weights, the expected gradient would not be
+    exactly sum_k alpha_k g_k (beta_k g_k with masks). Returns (loss, token_loss (B, T), parts (K,)).
     """
     hidden = model(x)  # (B, T, C)
     loss, token_loss, parts = fused_cross_entropy(hidden.flatten(0, 1), head, y.flatten(),
@@ -216,24 +214,26 @@ def batch_loss(model, head, x, y, r, n_tokens, PG=None, ends=None):
 
 def target_gradient(model, head, x, y, r, n_tokens):
     """
-    The target's gradient at the head, (V, C): sum_t r_t (p_t - y_t) h_t^T / n_tokens, with the arguments of
-    batch_loss(). One forward pass, and no backward pass through the model.
+    From a target batch, with the arguments of batch_loss(), in one forward pass and no backward pass through the model:
+    the gradient at the head, sum_t r_t (p_t - y_t) h_t^T / n_tokens, (V, C), and sum_t h_t h_t^T / n_tokens, (C, C).
     """
     with torch.no_grad():
-        hidden = model(x)  # (B, T, C)
-    loss = fused_cross_entropy(hidden.flatten(0, 1), head, y.flatten(), r.repeat_interleave(x.shape[1]), n_tokens)[0]
-    return torch.autograd.grad(loss, head)[0]
+        h = model(x).flatten(0, 1).to(head.dtype)  # (B T, C)
+    loss = fused_cross_entropy(h, head, y.flatten(), r.repeat_interleave(x.shape[1]), n_tokens)[0]
+    with torch.autocast(x.device.type, enabled=False):
+        return torch.autograd.grad(loss, head)[0], h.T @ h / n_tokens
 
 
-def in_adamw_units(G, head, optimizer):
+def inverse_curvature(G, H, head, optimizer):
     """
-    P G, (V, C), for G (V, C). AdamW divides the gradient by the root of its running mean square v, so <P G, g_k> is
-    what a step on source k gains; without P the rows of frequent tokens dominate. Rows that had no gradient yet have
-    v = 0: a tenth of the mean root bounds what they count.
+    P G, (V, C), for a target's gradient G (V, C). 1 / P is the curvature of the loss at the head by K-FAC (Martens and
+    Grosse, arXiv 1503.05671), up to scale: E[(p - y)^2] of each row, which AdamW's running mean square v has, times
+    E[h h^T], of which H (C, C) is the target's; each damped by a tenth of its mean, as noise needs.
     """
     v = optimizer.state[head].get("exp_avg_sq")  # none before the first step
-    root = torch.ones_like(G) if v is None else v.sqrt()
-    return torch.div(G, root.add_(0.1 * root.mean()), out=root)
+    rows = torch.ones_like(G[:, :1]) if v is None else v.mean(1, keepdim=True)  # (V, 1)
+    damped = H + 0.1 * H.diagonal().mean() * torch.eye(len(H), dtype=H.dtype, device=H.device)
+    return (G / (rows + 0.1 * rows.mean()) @ torch.linalg.inv(damped)).to(G.dtype)
 
 
 # ---- (3) the mixture ------------------------------------------------------------------------------------------------
@@ -242,8 +242,8 @@ def mixture_step(z, A, present, rate):
     """
     Formula (3) as a step of mirror descent on the simplex, on the logits z (K,) in place: z moves against the gradient
     over alpha, not over z, which vanishes with alpha_k and would leave a source that has lost its weight where it is.
-    A (K,) alignments, in units of their rms, weighted by alpha as the mean is, because a gradient's scale says nothing
-    about mixtures. present (K,): a source that was not in the batch has no alignment and keeps its logit.
+    A (K,) alignments, in units of their rms: a gradient's scale says nothing about mixtures. present (K,): a source that
+    was not in the batch has no alignment and keeps its logit.
     """
     alpha = torch.softmax(z, 0)
     share = alpha * present / (alpha * present).sum()  # (K,) among the sources present
@@ -269,11 +269,11 @@ def within_bounds(z, lower, upper):
 
 def per_drawn_token(A, alpha, density, present):
     """
-    Alignments (K,) per learned token -> per token drawn, for sets with masks, density (K,) of whose tokens are learned.
-    Not in the paper. A batch of n tokens learns from n M of them, M = sum_k alpha_k density_k, in shares beta_k =
-    alpha_k density_k / M. AdamW divides by the gradient's noise, which falls with the root of their number, so a step
-    is sqrt(M) sum_k beta_k g_k. Along it the target falls by sqrt(M) sum_k beta_k A_k, whose derivative by alpha_k is
-    sqrt(M) (density_k / M) (A_k - mean / 2). Half the mean is added to all, so that equal densities leave A as it is.
+    Alignments (K,) per learned token -> per token drawn, where density (K,) of the tokens are learned; not in the paper.
+    Of n tokens n M are learned, M = sum_k alpha_k density_k, in shares beta_k = alpha_k density_k / M. AdamW divides by
+    the gradient's noise, which falls with the root of n M, so training goes along sqrt(M) sum_k beta_k g_k, the target
+    falls by sqrt(M) sum_k beta_k A_k, and its derivative by alpha_k is sqrt(M) (density_k / M) (A_k - mean / 2). Half
+    the mean is added to all, so that equal densities leave A as it is.
     """
     share = alpha * present / (alpha * present).sum()  # (K,) among the sources present
     M, A = (share * density).sum(), torch.where(present, A, 0.0)
@@ -309,7 +309,6 @@ def main():
     available = torch.tensor([s.available("train") for s in sources])  # (K,) tokens to train on
     density = torch.tensor([s.density("train") for s in sources], dtype=torch.float64)  # (K,) learned per token drawn
     lower, upper = torch.from_numpy(plan(args, sources, n_sequences))  # (K,); sets how much each source shows, too
-    # of a run at a fixed mixture; a placeholder for one that searches or is resumed
     schedule = read_mixture("uniform" if searching or args.resume else args.mixture, names, available.tolist())
 
     # model, optimizer and state: with the settings, all that a checkpoint holds
@@ -322,7 +321,8 @@ def main():
         step=0, reported=-1, seconds=0.0,  # steps done, and when the last report was written; time taken
         z=torch.zeros(K, dtype=torch.float64),  # (K,) logits of the mixture, alpha = softmax(z)
         G=torch.zeros_like(head.data),  # (V, C) running mean of the target's gradient; its direction counts
-        schedule=torch.from_numpy(schedule),  # (P, 1 + K) of a run at a fixed mixture: fractions of it, mixtures there
+        H=torch.zeros(args.n_embd, args.n_embd, device=device),  # (C, C) and of its hidden states' second moment
+        schedule=torch.from_numpy(schedule),  # (P, 1 + K) fractions of the run and mixtures there; not for a search
         run_sum=torch.zeros(K, dtype=torch.float64), half_sum=torch.zeros(K, dtype=torch.float64),  # of alpha
         drawn=torch.zeros(K, dtype=torch.int64))  # tokens seen of each source
     within_bounds(state.z, lower, upper)
@@ -379,9 +379,11 @@ def main():
             r = torch.tensor([1 / t.density("val") for t in targets])[which]
             x, y, r = (tensor.to(device) for tensor in (x, y, r))
             with autocast:
-                g_val = target_gradient(model, head, x, y, r, args.target_batch_size * T)
-            state.G.lerp_(add_up(g_val), 1 - DECAY)
-            PG = in_adamw_units(state.G, head, optimizer)
+                g_val, h_val = target_gradient(model, head, x, y, r, args.target_batch_size * T)
+                add_up(g_val, h_val)
+                state.G.lerp_(g_val, 1 - DECAY)
+                state.H.lerp_(h_val, 1 - DECAY)
+                PG = inverse_curvature(state.G, state.H, head, optimizer)
 
         # ---- inner step: train on sequences drawn by q, weighted by alpha / q
         eps = args.uniform_share if searching else 0.0
@@ -404,8 +406,7 @@ def main():
             parts += part
             weighted_loss += loss.detach()
         add_up(step_sums, *(p.grad for p in net.parameters()))
-        if args.grad_clip:
-            torch.nn.utils.clip_grad_norm_(net.parameters(), args.grad_clip)
+        torch.nn.utils.clip_grad_norm_(net.parameters(), args.grad_clip or math.inf)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         sums += step_sums[:2]
@@ -416,8 +417,7 @@ def main():
             present = learned > 0
             A = parts * tokens_per_step / (weights * learned)  # a mean over learned tokens, the loss weight taken off
             measured += torch.stack([torch.where(present, A, 0.0), present])
-            if (density != 1).any():  # masks
-                A = per_drawn_token(A, alpha, density, present)
+            A = per_drawn_token(A, alpha, density, present)  # the same, where no set has masks
             mixture_step(state.z, A, present, args.learning_rate_mixture)
             within_bounds(state.z, lower, upper)
         state.run_sum += alpha

@@ -30,7 +30,7 @@ import torch.nn.functional as F
 
 import bench_speed
 from bench_speed import KS, Bench, fastmix, matmul_peak, write_sets  # puts the repository on the path
-from fastmix import IGNORE, batch_loss, fused_cross_entropy, in_adamw_units, target_gradient
+from fastmix import IGNORE, batch_loss, fused_cross_entropy, inverse_curvature, target_gradient
 from model import GPT, GPTConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -105,9 +105,9 @@ def alignments(device):
         (x, y), (x_val, y_val) = ((ids[:, :-1], ids[:, 1:]) for ids in (torch.cat(walks).to(head.device),
                                                                         target.to(head.device)))
         r = torch.ones(K * B).to(head)
-        G = target_gradient(net, head, x_val, y_val, r[:B], B * T)
+        G, H = target_gradient(net, head, x_val, y_val, r[:B], B * T)
         ends = [B * T * (k + 1) for k in range(K)]
-        return batch_loss(net, head, x, y, r, K * B * T, in_adamw_units(G, head, optimizer), ends)[2].cpu().double()
+        return batch_loss(net, head, x, y, r, K * B * T, inverse_curvature(G, H, head, optimizer), ends)[2].cpu().double()
     want, net = path(net), copy.deepcopy(net).float().to(device)
     for name, autocast, tolerance in precisions(device, 1e-4, 0.05):
         with autocast:
@@ -317,8 +317,9 @@ def speed(args):
     print("\n| an outer step | ms | of a training step's time | of its FLOPs |\n| --- | ---: | ---: | ---: |")
     for K in (K for K in KS if f"search, K = {K}" in cost):
         seconds, share = cost[f"search, K = {K}"]
-        # the target's forward pass, its logits and head gradient; and a V x C dot for each source present
-        flops = a.target_batch_size * T * (forward + 2 * head) + min(K, B) * head
+        # the target's forward pass, its logits and head gradient; the curvature's inverse, of C x C, and its product
+        # with that gradient; and a V x C dot for each source present
+        flops = (a.target_batch_size * T * (forward + 2 * head + 2 * C**2) + 2 * C**3 + head * C + min(K, B) * head)
         print(f"| K = {K} | {1e3 * seconds:.1f} | {share:.3f} | {flops / step_flops:.4f} |")
     return passed and ran
 

@@ -4,13 +4,14 @@ update rules of DoGE and DoReMi, by the target's test loss of models trained fro
 
     python tests/bench_mixtures.py --quick                     one task, short runs: 5 minutes on 2 cores
     python tests/bench_mixtures.py                             four tasks, hours on 2 cores; stop and go on as you like
-    python tests/bench_mixtures.py --gpt2_ranks FILE.tiktoken  a fifth task, with a BPE vocabulary
+    python tests/bench_mixtures.py --gpt2_ranks FILE.tiktoken  two more tasks, with a BPE vocabulary
     python tests/bench_mixtures.py --stages transfer stretch sensitivity               the other questions
     python tests/bench_mixtures.py --stages repetition --seeds 12 13 14 --far 3        caps and repetition, an hour
     python tests/bench_mixtures.py --table --results tests/bench_mixtures.jsonl        from stored results, no run
 
 Every run is fastmix.py itself, in one thread, --jobs at a time, and one line in WORK/results.jsonl; a line that is
-there is never run again. Seeds are paired: a seed fixes initialisation and batches of every method's run.
+there is never run again. Seeds are paired: a seed fixes initialisation and batches of every method's run. With a GPU,
+runs at fixed mixtures are trained there, hundreds at once (tests/ensemble.py), which takes minutes in place of hours.
 """
 import argparse
 import contextlib
@@ -22,6 +23,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from unittest import mock
@@ -32,9 +34,11 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import fastmix  # noqa: E402
-from prepare_data import save_atomically  # noqa: E402
+from ensemble import train_many  # noqa: E402
+from plot_mixture import read_mixture  # noqa: E402
+from prepare_data import get_tokenizer, save_atomically  # noqa: E402
 
 TASKS = {  # name: (title, sources, target)
     "numpy": ("toward numpy", "python,cpp,prose,math,legal,noise", "numpy"),
@@ -42,18 +46,21 @@ TASKS = {  # name: (title, sources, target)
     "scarce": ("scarce target", "python,cpp,math,legal,prose_2", "prose_2"),  # prose with 2% of its train split
     # three of seven are near-duplicates, or words of the first four without their order, or no text at all
     "honest": ("half of no use", "python,cpp,prose,legal,python_b,noise_4,bytes", "math"),
-    "bpe": ("BPE vocabulary", "python,cpp,prose,math,legal,noise", "numpy"),
+    "bpe": ("toward numpy, BPE", "python,cpp,prose,math,legal,noise", "numpy"),
+    "bpe_honest": ("half of no use, BPE", "python,cpp,prose,legal,python_b,noise_4,bytes", "math"),
     # of the earlier stored results: the words of `noise` are the target's too
     "noisy": ("half of no use", "python,cpp,prose,python_b,noise,bytes", "math"),
 }
-SEARCHES = {"FastMix": {}, "no sqrt v": {}, "no running mean": {}, "eps 0": {"uniform_share": 0},
-            "eps 1": {"uniform_share": 1}, "every 20": {"outer_every": 20}, "DoGE": {},
-            "DoReMi": {"learning_rate_mixture": 0.1}}  # {name: flags}
+SEARCHES = {"FastMix": {}, "raw": {}, "adamw": {}, "no running mean": {},  # {name: flags}
+            "authors": {"outer_every": 20, "uniform_share": 1, "target_batch_size": 8, "learning_rate_mixture": 0.01},
+            "DoGE": {}, "DoReMi": {"learning_rate_mixture": 0.1}}
 ROWS = {  # of the table, and so what is run: {"search: mixture taken from it": title}
     "uniform": "uniform", "proportional": "proportional to tokens", "best single source": "best single source",
     "FastMix: last_half_average": "**FastMix, average of the last half**", "FastMix: last": "FastMix, last mixture",
     "FastMix: run_average": "FastMix, average of the run", "FastMix: trajectory": "**FastMix, replayed trajectory**",
-    "no sqrt v: last_half_average": "without √v", "no running mean: last_half_average": "without the running mean",
+    "raw: last_half_average": "raw gradients (P = 1)", "adamw: last_half_average": "AdamW's units (P = 1 / √v)",
+    "no running mean: last_half_average": "without the running mean",
+    "authors: last": "the authors' setting (head, every 20 steps, Adam on z), last",
     # of the earlier stored results
     "all: last_half_average": "`--alignment all`, average of the last half",
     "all: trajectory": "`--alignment all`, replayed trajectory",
@@ -69,7 +76,10 @@ REGMIX = (8, 16, 32, 64)  # runs of the RegMix-style search
 ROWS |= {f"RegMix {n}": f"RegMix-style, {n} runs" for n in REGMIX}
 # a search of the earlier stored results, in runs of the proxy; 1.234 where it is not named
 EARLIER_COSTS = {"all": 1.833, "all every 4": 1.208, "every 20": 1.012, "DoReMi": 2.333}
-SIZES = {"base": (2, 2, 64), "large": (4, 4, 128), "bpe": (2, 4, 128)}  # layers, heads, channels
+SIZES = {"base": (2, 2, 64), "large": (4, 4, 128), "bpe": (2, 4, 128), "bpe_large": (6, 8, 256)}  # layers, heads, channels
+AT_ONCE = {"base": 320, "large": 64, "bpe": 48, "bpe_large": 12}  # runs on a GPU, by its memory
+LARGER = {"base": "large", "bpe": "bpe_large"}
+BYTES = {"bpe": "numpy", "bpe_honest": "honest"}  # the same task with a byte-level vocabulary
 STRETCH = 4
 SENSITIVITY = {"learning_rate_mixture": (0.005, 0.01, 0.02, 0.05, 0.2, 1.0), "outer_every": (1, 4, 20, 100),
                "target_batch_size": (1, 2, 8, 32), "seed": ()}  # of the seeds, the runs that are there anyway
@@ -83,7 +93,11 @@ def sources_of(task):
 
 
 def size_of(task):
-    return "bpe" if task == "bpe" else "base"
+    return "bpe" if task.startswith("bpe") else "base"
+
+
+def data_of(work, task):
+    return Path(work, "data-bpe" if task.startswith("bpe") else "data")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -105,36 +119,43 @@ def read(data, name, split):
 
 
 def shuffled_words(texts, rng):
-    """The words of several sets' byte tokens, at most 500,000 bytes of each, in random order: letters, no text."""
-    texts = [np.where(ids < 256, ids, ord(" ")).astype(np.uint8)[:500_000].tobytes() for ids in texts]
-    words = [word for text in texts for word in text.split()]
+    """The words of several texts, in bytes, at most 500,000 bytes of each, in random order: letters, no text."""
+    words = [word for text in texts for word in text[:500_000].split()]
     rng.shuffle(words)
-    return np.frombuffer(b" ".join(words), dtype=np.uint8)
+    return b" ".join(words)
 
 
-def prepare(work, gpt2_ranks):
-    """The sample, the sets made from it and, given gpt2's vocabulary, the sample in its first 4,096 tokens."""
-    data, splits, rng = work / "data", ("train", "val", "test"), np.random.default_rng(0)
-    command = [sys.executable, ROOT / "prepare_data.py", "--data_dir"]
-    if not (data / "noise_4" / "meta.json").exists():
-        subprocess.run([*command, data], check=True)
-        prose, python = read(data, "prose", "train"), read(data, "python", "train")
-        derive(data, "prose_2", "prose", {"train": prose[: len(prose) // 50]})
-        derive(data, "python_b", "python", {"train": python[len(python) // 4:]})  # three quarters of python again
-        derive(data, "bytes", "noise", {s: rng.integers(0, 256, len(read(data, "noise", s))) for s in splits})
-        texts = {s: [read(data, name, s) for name in ("python", "cpp", "prose", "legal")] for s in splits}
-        derive(data, "noise_4", "noise", {s: shuffled_words(texts[s], rng) for s in splits})
-    if gpt2_ranks and not (work / "data-bpe" / "numpy" / "meta.json").exists():
-        vocabulary = work / "gpt2-4096.tiktoken"
-        vocabulary.write_bytes(b"".join(gpt2_ranks.read_bytes().splitlines(keepends=True)[:4096]))
-        subprocess.run([*command, work / "data-bpe", "--tokenizer", vocabulary], check=True)
+def prepare(data, tokenizer):
+    """The sample and the sets made from it."""
+    if (data / "noise_4" / "meta.json").exists():  # the last to be made
+        return
+    subprocess.run([sys.executable, ROOT / "prepare_data.py", "--data_dir", data, "--tokenizer", tokenizer], check=True)
+    splits, rng, encoding = ("train", "val", "test"), np.random.default_rng(0), get_tokenizer(str(tokenizer))
+    prose, python = read(data, "prose", "train"), read(data, "python", "train")
+    derive(data, "prose_2", "prose", {"train": prose[: len(prose) // 50]})
+    derive(data, "python_b", "python", {"train": python[len(python) // 4:]})  # three quarters of python again
+    derive(data, "bytes", "noise", {s: rng.integers(0, encoding.eot_token, len(read(data, "noise", s))) for s in splits})
+    texts = {s: [encoding.decode_bytes(read(data, name, s)[:500_000].tolist()).replace(b"<|endoftext|>", b" ")
+                 for name in ("python", "cpp", "prose", "legal")] for s in splits}
+    derive(data, "noise_4", "noise", {s: np.array(encoding.encode_ordinary(shuffled_words(
+        texts[s], rng).decode("utf-8", errors="ignore"))) for s in splits})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # other methods' update rules, and this one's without a part, in fastmix.py's own loop: {name there: what replaces it}
 
-NO_SQRT_V = {"in_adamw_units": lambda G, head, optimizer: G}
+RAW = {"inverse_curvature": lambda G, H, head, optimizer: G}
 NO_RUNNING_MEAN = {"DECAY": 0.0}
+
+
+def adamw_units(G, H, head, optimizer):
+    """G in the units of AdamW's own step, which looks one step ahead and no further."""
+    v = optimizer.state[head].get("exp_avg_sq")
+    root = torch.ones_like(G) if v is None else v.sqrt()
+    return G / (root + 0.1 * root.mean())
+
+
+ADAMW = {"inverse_curvature": adamw_units}
 
 
 def doge():
@@ -149,7 +170,24 @@ def doge():
         largest.append(A.abs().max().item())
         z += rate * A / np.mean(largest[-100:])
 
-    return {"mixture_step": mixture_step, **NO_SQRT_V, **NO_RUNNING_MEAN}
+    return {"mixture_step": mixture_step, **RAW, **NO_RUNNING_MEAN}
+
+
+def authors():
+    """
+    As in hrtan/fastmix at b2a4051: uniform draws, loss weights, the raw gradient over z at the head, Adam. The target's
+    sequences are drawn afresh here.
+    """
+    optimizers = []
+
+    def mixture_step(z, A, present, rate):
+        alpha, A = torch.softmax(z, 0), torch.where(present, A, 0.0)
+        z.grad = -alpha * (A - (alpha * A).sum())
+        if not optimizers:
+            optimizers.append(torch.optim.Adam([z], lr=rate, betas=(0.9, 0.95), eps=1e-30))
+        optimizers[0].step()
+
+    return {"mixture_step": mixture_step, **RAW, **NO_RUNNING_MEAN}
 
 
 def doremi(reference):
@@ -178,17 +216,23 @@ def doremi(reference):
 # ---------------------------------------------------------------------------------------------------------------------
 # runs
 
-def train(work, job, out, flags, patches={}):
-    """One run of fastmix.py in this process. Returns its mixture.json and the rows of its log."""
+def settings_of(work, job, **flags):
+    """fastmix.py's flags for a job, {flag: value}, and how many tokens of each test split are read."""
     _, sources, target = TASKS[job["task"]]
     n_layer, n_head, n_embd = SIZES[job["size"]]
-    flags = {"sources": sources, "target": target, "out_dir": out, "seed": job["seed"], "max_steps": job["steps"],
-             "data_dir": Path(work, "data-bpe" if job["task"] == "bpe" else "data"), "device": "cpu",
-             "n_layer": n_layer, "n_head": n_head, "n_embd": n_embd, "eval_tokens": 1024,
-             "log_every": max(1, job["steps"] // 40), "learning_rate": 2e-3,  # half the default: seeds differ by less
-             **flags}
+    return {"sources": sources, "target": target, "seed": job["seed"], "max_steps": job["steps"],
+            "data_dir": data_of(work, job["task"]), "n_layer": n_layer, "n_head": n_head,
+            "n_embd": n_embd, "eval_tokens": 1024, "log_every": max(1, job["steps"] // 40),
+            "learning_rate": 2e-3,  # half the default: seeds differ by less
+            "device": "cpu" if job["size"] == "base" or not torch.cuda.device_count() else "cuda", "dtype": "float32",
+            **flags}, 2**17 // len(target.split(","))
+
+
+def train(work, job, out, flags, patches={}):
+    """One run of fastmix.py in this process. Returns its mixture.json and the rows of its log."""
+    flags, test_tokens = settings_of(work, job, out_dir=out, **flags)
     argv = ["fastmix.py", *(str(x) for flag, value in flags.items() for x in (f"--{flag}", value))]
-    with (mock.patch.multiple(fastmix, TEST_TOKENS=2**17 // len(target.split(",")), **patches),
+    with (mock.patch.multiple(fastmix, TEST_TOKENS=test_tokens, **patches),
           mock.patch.object(sys, "argv", argv), contextlib.redirect_stdout(io.StringIO())):
         fastmix.main()
     return json.loads((out / "mixture.json").read_text()), [json.loads(row) for row in open(out / "log.jsonl")]
@@ -210,8 +254,8 @@ def one_run(work, job):
             train(work, job, reference, {"mixture": "uniform"})
             patches = doremi(reference / "ckpt.pt")
         else:
-            patches = {"search DoGE": doge(), "search no sqrt v": NO_SQRT_V,
-                       "search no running mean": NO_RUNNING_MEAN}.get(job["what"], {})
+            patches = {"search DoGE": doge(), "search authors": authors(), "search raw": RAW,
+                       "search adamw": ADAMW, "search no running mean": NO_RUNNING_MEAN}.get(job["what"], {})
         found, rows = train(work, job, Path(folder, "out"), flags if mixture is None else {"mixture": mixture}, patches)
     result = {k: job[k] for k in KEY}
     result |= {"test_loss": round(found["test_loss"], 5), "seconds": found["seconds"]}
@@ -221,6 +265,31 @@ def one_run(work, job):
     elif not replayed:
         result["mixture"] = [round(w, 5) for w in found["mixture"].values()]
     return result
+
+
+def runs_at_once(work, jobs):
+    """The lines of many jobs at fixed mixtures, of one task, size and number of steps, trained on the GPU at once."""
+    names = sources_of(jobs[0]["task"])
+    flags, test_tokens = settings_of(work, jobs[0])
+    args = argparse.Namespace(**DEFAULTS | flags)
+    sizes = [len(read(args.data_dir, n, "train")) for n in names]
+    runs = []
+    for job in jobs:
+        mixture = job["mixture"]
+        if isinstance(mixture, str):
+            rows = read_mixture(mixture, names, sizes)
+        elif isinstance(mixture[0], list):  # a trajectory
+            rows = np.array([[step / job["steps"], *weights] for step, weights in mixture])
+        else:
+            rows = np.array([[0.0, *mixture]])
+        rows[:, 1:] /= rows[:, 1:].sum(1, keepdims=True)
+        runs.append((job["seed"], rows))
+    start = time.time()
+    found = train_many(args, runs, "cuda", test_tokens)
+    for job, (_, rows), loss in zip(jobs, runs, found):
+        result = {k: job[k] for k in KEY} | {"test_loss": round(float(loss), 5),
+                                             "seconds": round((time.time() - start) / len(jobs), 3)}
+        yield result if len(rows) > 1 else result | {"mixture": [round(w, 5) for w in rows[0, 1:].tolist()]}
 
 
 class Bench:
@@ -254,21 +323,28 @@ class Bench:
 
     def run(self):
         """Runs what was asked for, each result written as it comes."""
-        if self.jobs:
-            context = multiprocessing.get_context("fork")  # torch is imported once
-            with ProcessPoolExecutor(self.args.jobs, mp_context=context) as pool:
-                pending = {pool.submit(one_run, str(self.work), job): job for job in self.jobs.values()}
-                for n, future in enumerate(as_completed(pending), 1):
-                    try:
-                        result = future.result()
-                    except BaseException:
-                        pool.shutdown(cancel_futures=True)
-                        print("failed:", pending[future], file=sys.stderr)
-                        raise
-                    self.store(result)
-                    print(f"{n}/{len(pending)} {result['task']:7s} {result['what']:32s} seed {result['seed']} "
-                          f"{result['size']} {result['steps']}: {result['test_loss']:.4f}  ({result['seconds']:.0f} s)",
-                          flush=True)
+        many, context = {}, multiprocessing.get_context("fork")  # torch is imported once
+        for key, job in list(self.jobs.items()) if torch.cuda.device_count() else ():
+            if job["mixture"] is not None:
+                many.setdefault((job["task"], job["size"], job["steps"]), []).append(self.jobs.pop(key))
+        with ProcessPoolExecutor(self.args.jobs, mp_context=context) as pool:
+            pending = {pool.submit(one_run, str(self.work), job): job for job in self.jobs.values()}
+            for (task, size, steps), jobs in many.items():
+                for i in range(0, len(jobs), AT_ONCE[size]):
+                    for result in runs_at_once(self.work, jobs[i: i + AT_ONCE[size]]):
+                        self.store(result)
+                    print(f"{task} {size} {steps}: {i + AT_ONCE[size]}/{len(jobs)} on the GPU", flush=True)
+            for n, future in enumerate(as_completed(pending), 1):
+                try:
+                    result = future.result()
+                except BaseException:
+                    pool.shutdown(cancel_futures=True)
+                    print("failed:", pending[future], file=sys.stderr)
+                    raise
+                self.store(result)
+                print(f"{n}/{len(pending)} {result['task']:7s} {result['what']:32s} seed {result['seed']} "
+                      f"{result['size']} {result['steps']}: {result['test_loss']:.4f}  ({result['seconds']:.0f} s)",
+                      flush=True)
         self.jobs = {}
 
 
@@ -287,6 +363,11 @@ def load(path):
 
 def random_mixtures(K, n):
     return np.random.default_rng(0).dirichlet(np.ones(K), n)
+
+
+def sparse_mixtures(K, n):
+    """Random mixtures near the edges of the simplex, where good ones often are."""
+    return np.random.default_rng(2).dirichlet(np.full(K, 0.4), n)
 
 
 def features(m):
@@ -373,21 +454,41 @@ def best_fixed(results, task, args, measured_on=None):
     return best, whole[best][args.seeds[0]]["mixture"]
 
 
+def surface(bench, args):
+    """Fixed mixtures on all seeds, for the response surface and for the best one known."""
+    for seed in args.seeds:
+        for task in args.tasks:
+            K = len(sources_of(task))
+            for name, mixtures in (("random", random_mixtures(K, args.random)), ("sparse", sparse_mixtures(K, args.random))):
+                for i, m in enumerate(mixtures):
+                    bench.add(task, f"{name} {i}", seed, m)
+            for m in ("uniform", "proportional"):
+                bench.add(task, m, seed, m)
+            for name, m in zip(sources_of(task), np.eye(K)):
+                bench.add(task, f"only {name}", seed, m)
+    bench.run()
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # the other questions
 
-def use_elsewhere(bench, args, **where):
+def use_elsewhere(bench, args, steps=None, larger=False):
     """What was found by the small and short search, and by a search there, at another size or length of training."""
-    runs = [(task, seed) for task in args.tasks for seed in args.seeds[: args.far]]
-    for task, seed in runs:
+    runs = [(task, seed, {"steps": steps, "size": LARGER[size_of(task)] if larger else None})
+            for task in args.tasks for seed in args.seeds[: args.far]]
+    for task, seed, where in runs:
         found = bench.get(task, "search FastMix", seed)
-        for what, mixture in (("uniform", "uniform"), ("proportional", "proportional"),
-                              ("FastMix: last_half_average", found["mixtures"]["last_half_average"]),
-                              ("FastMix: trajectory", found["trajectory"]),
-                              ("best fixed", best_fixed(bench.results, task, args)[1]), ("search FastMix", None)):
+        mixtures = {"uniform": "uniform", "proportional": "proportional", "search FastMix": None,
+                    "FastMix: last_half_average": found["mixtures"]["last_half_average"],
+                    "FastMix: trajectory": found["trajectory"],
+                    "best fixed": best_fixed(bench.results, task, args)[1]}
+        on_bytes = bench.get(BYTES.get(task), "search FastMix", seed, size="base")
+        if on_bytes:
+            mixtures["found on bytes"] = on_bytes["mixtures"]["last_half_average"]
+        for what, mixture in mixtures.items():
             bench.add(task, what, seed, mixture, **where)
     bench.run()
-    for task, seed in runs:
+    for task, seed, where in runs:
         found = bench.get(task, "search FastMix", seed, **where)
         bench.add(task, "searched there", seed, found["mixtures"]["last_half_average"], **where)
     bench.run()
@@ -417,7 +518,7 @@ def repetition(bench, args):
     """
     steps, seeds = STRETCH * args.steps, args.seeds[: args.far]
     tokens = steps * DEFAULTS["batch_size"] * DEFAULTS["block_size"]
-    scarce = len(read(args.work / "data", "prose_2", "train"))
+    scarce = len(read(data_of(args.work, "scarce"), "prose_2", "train"))
     kinds = {"neither": {}, "repetition": {"train_tokens": tokens, "max_epochs": 1e9},
              "cap of 4 epochs": {"bounds": f"prose_2=:{min(1.0, 4 * scarce / tokens):g}"}, "both": {"train_tokens": tokens},
              **{f"both, {n} epochs": {"train_tokens": tokens, "max_epochs": n} for n in (8, 16)}}
@@ -444,7 +545,8 @@ def repetition(bench, args):
 def flops(size, steps, search=None):
     """
     Of one run: 2 a weight and token forward and 4 backward (Kaplan et al., arXiv 2001.08361), attention 2 T C a token,
-    layer and pass. A search (a key of SEARCHES) adds the target's forward pass and its head gradient an outer step.
+    layer and pass. A search (a key of SEARCHES) adds an outer step's: the target's forward pass and its gradient at the
+    head; and the second moment of its hidden states, its inverse, and their product with that gradient.
     """
     (L, _, C), V, T = SIZES[size], 4097 if size == "bpe" else 257, DEFAULTS["block_size"]
     forward = 2 * (12 * L * C**2 + V * C) + 2 * L * T * C  # of a token
@@ -453,7 +555,8 @@ def flops(size, steps, search=None):
         extra = tokens * forward  # the reference model reads along
     elif search:
         every = SEARCHES[search].get("outer_every", DEFAULTS["outer_every"])
-        extra = DEFAULTS["target_batch_size"] * T * (forward + 2 * V * C) / every
+        target_tokens = SEARCHES[search].get("target_batch_size", DEFAULTS["target_batch_size"]) * T
+        extra = (target_tokens * (forward + 2 * V * C + 2 * C**2) + 2 * C**3 + 2 * V * C**2) / every
     return steps * (3 * tokens * forward + extra)
 
 
@@ -644,9 +747,10 @@ def figure_sensitivity(results, args, path):
 
 # ---------------------------------------------------------------------------------------------------------------------
 
-STAGES = {"compare": compare,
+STAGES = {"compare": compare, "surface": surface,
           "stretch": lambda bench, args: use_elsewhere(bench, args, steps=STRETCH * args.steps),
-          "transfer": lambda bench, args: use_elsewhere(bench, args, size="large"),
+          "transfer": lambda bench, args: use_elsewhere(bench, args, larger=True),
+          "transfer_longer": lambda bench, args: use_elsewhere(bench, args, steps=2 * args.steps, larger=True),
           "sensitivity": sensitivity, "repetition": repetition}
 
 
@@ -661,7 +765,7 @@ def main():
     p.add_argument("--seeds", nargs="+", type=int, default=[11, 12, 13, 14, 15],
                    help="the first is for random mixtures and the choice of those that run on all; the others measure")
     p.add_argument("--steps", type=int, default=600)
-    p.add_argument("--random", type=int, default=32, help="runs at random mixtures, for the RegMix-style search")
+    p.add_argument("--random", type=int, default=64, help="runs at random mixtures, for the RegMix-style search")
     p.add_argument("--best", type=int, default=5, help="best mixtures of the first seed to be run on all seeds")
     p.add_argument("--far", type=int, default=1, help="seeds of the stages other than compare")
     p.add_argument("--jobs", type=int, default=os.cpu_count())
@@ -674,11 +778,15 @@ def main():
         args.searches = ["FastMix", "DoGE"]
     args.results = args.results or args.work / "results.jsonl"
     if not args.table:
-        if "bpe" in args.tasks and not args.gpt2_ranks:
-            print("task bpe is left out: it needs gpt2's vocabulary, --gpt2_ranks FILE")
-            args.tasks.remove("bpe")
         args.work.mkdir(parents=True, exist_ok=True)
-        prepare(args.work, args.gpt2_ranks if "bpe" in args.tasks else None)
+        if not args.gpt2_ranks and not (args.work / "data-bpe").exists():
+            print("tasks with a BPE vocabulary are left out: they need gpt2's, --gpt2_ranks FILE")
+            args.tasks = [t for t in args.tasks if not t.startswith("bpe")]
+        if any(t.startswith("bpe") for t in args.tasks) and args.gpt2_ranks:
+            vocabulary = args.work / "gpt2-4096.tiktoken"
+            vocabulary.write_bytes(b"".join(args.gpt2_ranks.read_bytes().splitlines(keepends=True)[:4096]))
+            prepare(args.work / "data-bpe", vocabulary)
+        prepare(args.work / "data", "bytes")
         bench = Bench(args)
         for stage in args.stages:
             STAGES[stage](bench, args)

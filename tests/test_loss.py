@@ -1,12 +1,13 @@
 """(1) and (2) of fastmix.py: the fused weighted cross-entropy and the alignments, against autograd in float64."""
 import functools
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 import fastmix
-from fastmix import IGNORE, batch_loss, fused_cross_entropy, in_adamw_units, loss_weights, target_gradient
+from fastmix import IGNORE, batch_loss, fused_cross_entropy, inverse_curvature, loss_weights, target_gradient
 from model import GPT, GPTConfig
 
 N, V, C = 23, 17, 6
@@ -198,6 +199,13 @@ def trained(model):
     return optimizer, v
 
 
+def kfac(G, H, v):
+    """inverse_curvature() as one linear system over all V C weights: (rows of v, damped) x (H, damped) times P G is G."""
+    rows, identity = v.mean(1), torch.eye(len(H), dtype=torch.float64)
+    curvature = torch.kron(torch.diag(rows + 0.1 * rows.mean()), H + 0.1 * H.trace() / len(H) * identity)
+    return torch.linalg.solve(curvature, G.flatten()).view_as(G)
+
+
 def loss_weights_of(mixture, masked):
     z = torch.tensor(ALPHA_LOGITS[mixture], dtype=torch.float64)
     alpha = torch.softmax(z - z.max(), 0)
@@ -207,7 +215,7 @@ def loss_weights_of(mixture, masked):
 
 @pytest.mark.parametrize("chunk", [1, 5, None])  # 5 straddles sequences and the ends of sources
 @pytest.mark.parametrize("grad_accum", [1, 2])
-@pytest.mark.parametrize("units", ["gradient", "adamw"])
+@pytest.mark.parametrize("units", ["gradient", "curvature"])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("mixture", ALPHA_LOGITS)
 def test_alignments_of_sources_equal_explicit_backward_passes(monkeypatch, mixture, masked, units, grad_accum, chunk):
@@ -215,9 +223,10 @@ def test_alignments_of_sources_equal_explicit_backward_passes(monkeypatch, mixtu
     model = gpt()
     G = torch.randn(V, C + 2, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     expected_G = G
-    if units == "adamw":
+    if units == "curvature":
         optimizer, v = trained(model)
-        G, expected_G = in_adamw_units(G, model.lm_head.weight, optimizer), G / (v.sqrt() + 0.1 * v.sqrt().mean())
+        H = torch.randn(9, C + 2, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+        G, expected_G = inverse_curvature(G, H.T @ H, model.lm_head.weight, optimizer), kfac(G, H.T @ H, v)
     x, y = batch(masked)
     weights = loss_weights_of(mixture, masked)
     assert mixture == "even" or weights[0] < 1e-6
@@ -260,28 +269,44 @@ def test_target_gradient_equals_autograd():
     head = model.lm_head.weight
     x, y = batch(masked=True)
     r = torch.rand(B, dtype=torch.float64) + 0.5
-    G = target_gradient(model, head, x, y, r, B * T)
+    G, H = target_gradient(model, head, x, y, r, B * T)
     token_loss = F.cross_entropy((model(x) @ head.T).flatten(0, 1), y.flatten(), ignore_index=IGNORE, reduction="none")
     expected = torch.autograd.grad((r[:, None] * token_loss.view(B, T)).sum() / (B * T), head)[0]
     torch.testing.assert_close(G, expected)
+    hidden = model(x).detach()  # (B, T, C)
+    torch.testing.assert_close(H, torch.einsum("btc,btd->cd", hidden, hidden) / (B * T))
     assert not G.requires_grad and all(p.grad is None for p in model.parameters())
 
 
-def test_adamw_units_are_those_of_its_step():
-    """Without momentum and decay AdamW moves each weight by learning rate x g / sqrt(v): P g up to the floor."""
+@pytest.mark.parametrize("seen", [False, True])
+def test_curvature_is_that_of_a_softmax_head(seen):
+    """
+    The exact Hessian of the mean loss over W, from autograd: at W = 0, where all tokens are as likely, it is (1 - 1 / V)
+    x E[h h^T] up to scale, and its inverse makes P G of a G that sums to 0 over tokens, but for the damping.
+    """
+    g = torch.Generator().manual_seed(0)
+    hidden = torch.randn(200, 4, dtype=torch.float64, generator=g) @ torch.randn(4, 4, dtype=torch.float64, generator=g)
+    W = torch.nn.Parameter(torch.zeros(5, 4, dtype=torch.float64))
+    G = torch.randn(5, 4, dtype=torch.float64, generator=g)
+    G, H = G - G.mean(0), hidden.T @ hidden / len(hidden)
+
+    def loss(W):
+        return -torch.log_softmax(hidden @ W.T, 1).mean()
+    hessian = torch.autograd.functional.hessian(loss, W).reshape(20, 20)
+    exact = (torch.linalg.pinv(hessian) @ G.flatten()).view_as(G)
+    optimizer = SimpleNamespace(state={W: {"exp_avg_sq": torch.full_like(W, 0.3)} if seen else {}})
+    H = H - 0.1 / 1.1 * H.diagonal().mean() * torch.eye(4)  # so that damping gives H back
+    found = inverse_curvature(G, H, W, optimizer)
+    torch.testing.assert_close(found / found.norm(), exact / exact.norm())
+
+
+def test_curvature_bounds_what_rare_tokens_count():
+    """A token that has not turned up yet has v = 0: it counts as one with a tenth of the mean, and no more."""
     model = gpt()
     head = model.lm_head.weight
-    G = torch.randn(V, C + 2, dtype=torch.float64)
-    optimizer = model.configure_optimizer(1e-3, 0.0, (0.0, 0.95), fused=True)
-    torch.testing.assert_close(in_adamw_units(G, head, optimizer), G / 1.1)  # before its first step: all count alike
-    before = head.detach().clone()
-    head.grad = torch.randn(V, C + 2, dtype=torch.float64)
-    head.grad[3] = 0  # a token that has not turned up yet
-    optimizer.step()
-    rows = torch.arange(V) != 3
-    step = (before - head.detach()) / 1e-3  # g / sqrt(v), v corrected for its start at 0
-    v = 0.05 * head.grad**2
-    floor = 0.1 * v.sqrt().mean()
-    scaled = in_adamw_units(G, head, optimizer)
-    torch.testing.assert_close(scaled[rows], (G / (head.grad / step * 0.05**0.5 + floor))[rows], rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(scaled[3], G[3] / floor)
+    G, H = torch.ones(V, C + 2, dtype=torch.float64), torch.eye(C + 2, dtype=torch.float64)
+    optimizer, v = trained(model)
+    v[3] = optimizer.state[head]["exp_avg_sq"][3] = 0.0
+    found, rows = inverse_curvature(G, H, head, optimizer), v.mean(1)
+    torch.testing.assert_close(found[3], G[3] / (0.1 * rows.mean() * 1.1))
+    torch.testing.assert_close(found, kfac(G, H, v))

@@ -90,7 +90,7 @@ def reference_search(folder, args):
     net = GPT(GPTConfig(sources[0].vocab_size, args.block_size, args.n_layer, args.n_head, args.n_embd))
     head = net.lm_head.weight
     optimizer = net.configure_optimizer(args.learning_rate, args.weight_decay, (0.9, 0.95), fused=False)
-    z, G, v, seen = torch.zeros(K, dtype=torch.float64), 0, None, []
+    z, G, H, v, seen = torch.zeros(K, dtype=torch.float64), 0, 0, None, []
     for step in range(args.max_steps):
         alpha = torch.softmax(z, 0)
         if step % args.outer_every == 0:
@@ -100,8 +100,11 @@ def reference_search(folder, args):
             g = sum(torch.autograd.grad(mean_loss(net, x[[i]], y[[i]]), head)[0] * (y[i] != IGNORE).sum()
                     / (targets[k[i]].density("val") * args.block_size * len(k)) for i in range(len(k)))
             G = 0.9 * G + 0.1 * g
-            root = torch.ones_like(head) if v is None else v.sqrt()
-            PG = G / (root + 0.1 * root.mean())
+            h = net(x).detach().flatten(0, 1)
+            H = 0.9 * H + 0.1 * h.T @ h / len(h)
+            rows = torch.ones_like(head) if v is None else v.mean(1, keepdim=True)
+            PG = G / (rows + 0.1 * rows.mean())
+            PG = torch.linalg.solve(H + 0.1 * H.trace() / len(H) * torch.eye(len(H)), PG.T).T
         q = 0.75 * alpha + 0.25 / K
         _, k, x, y = draw_batch(sources, "train", q, n, np.random.default_rng((args.seed, step, 0)))
         M, total, (A, losses) = (alpha * density).sum(), 0, torch.full((2, K), torch.nan, dtype=torch.float64)
