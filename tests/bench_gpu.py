@@ -284,6 +284,40 @@ def time_turns(a, V, rounds, steps, end):
     return rows, passed
 
 
+def outer_flops(L, C, V, T, target_tokens, pieces):
+    """
+    Of an outer step: the target's forward pass, its logits and head gradient; the curvature's inverse, of C x C, and its
+    product with that gradient; and a V x C dot for each source in each chunk. Multiply-adds count 2.
+    """
+    head = 2 * V * C
+    return (target_tokens * (24 * L * C**2 + 2 * L * T * C + 2 * head + 2 * C**2) + 2 * C**3 + head * C + pieces * head)
+
+
+def on_paper():
+    """
+    Prints what an outer step adds to a training step, bfloat16 matmuls and float32 sums, by arithmetic alone. 32 windows
+    of 1,024 tokens a GPU and step, two target windows, or one a GPU; chunks of 4,096 tokens, as the loss has on CUDA.
+    """
+    T, tokens = 1024, 32 * 1024
+    print("| parameters | V | GPUs | TFLOP a step | an outer step's, % | held a GPU, MB | moved a GPU, GB: K = 4 | K = 16 "
+          "| K = 64 | all-reduced, MB | gradients', MB |\n|" + " ---: |" * 11)
+    for L, C in ((12, 768), (16, 2048)):
+        for V in (50304, 128256):
+            for gpus in (1, 8):
+                params, target = 12 * L * C**2 + 2 * V * C, max(2, gpus) * T
+                step = 3 * gpus * tokens * (24 * L * C**2 + 2 * L * T * C + 2 * V * C)
+                # in each piece, the tokens of one source in one chunk, dW (2 bytes) is read, widened to float32 and
+                # multiplied with P G; each piece that a fixed mixture does not have forms and adds another dW as well
+                chunks, moved = tokens // 4096, []
+                for K in (4, 16, 64):
+                    more = min(K, 32) - 1
+                    moved.append(V * C * ((chunks + more) * (2 + 4 + 4 + 4) + more * (2 + 2 + 8) + 6 * 8) / 1e9)
+                share = outer_flops(L, C, V, T, target, gpus * (chunks + 15)) / step
+                print(f"| {params / 1e6:,.0f}M | {V:,} | {gpus} | {step / 1e12:,.0f} | {100 * share:.1f} | "
+                      f"{(V * C * (4 + 4 + 4) + 8 * C**2) / 1e6:,.0f} | " + " | ".join(f"{m:.0f}" for m in moved) +
+                      (f" | {(V * C + C**2) * 4 / 1e6:,.0f} | {params * 4 / 1e6:,.0f} |" if gpus > 1 else " | | |"))
+
+
 def speed(args):
     """Prints the tables; whether everything ran."""
     end, cuda = time.monotonic() + args.seconds, args.device == "cuda"
@@ -317,9 +351,7 @@ def speed(args):
     print("\n| an outer step | ms | of a training step's time | of its FLOPs |\n| --- | ---: | ---: | ---: |")
     for K in (K for K in KS if f"search, K = {K}" in cost):
         seconds, share = cost[f"search, K = {K}"]
-        # the target's forward pass, its logits and head gradient; the curvature's inverse, of C x C, and its product
-        # with that gradient; and a V x C dot for each source present
-        flops = (a.target_batch_size * T * (forward + 2 * head + 2 * C**2) + 2 * C**3 + head * C + min(K, B) * head)
+        flops = outer_flops(L, C, V, T, a.target_batch_size * T, min(K, B))
         print(f"| K = {K} | {1e3 * seconds:.1f} | {share:.3f} | {flops / step_flops:.4f} |")
     return passed and ran
 
@@ -327,13 +359,15 @@ def speed(args):
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
-    p.add_argument("--part", choices=("checks", "speed"), help="one of them (both)")
+    p.add_argument("--part", choices=("checks", "speed", "paper"), help="one of them (checks and speed)")
     p.add_argument("--seconds", type=float, default=240, help="no further turn is started after them (%(default)s)")
     p.add_argument("--batch_size", type=int, help="of the table (32; on a CPU 8)")
     p.add_argument("--rounds", type=int, default=3, help="turns of each variant (%(default)s)")
     p.add_argument("--steps", type=int, default=10, help="timed steps a turn (%(default)s)")
     p.add_argument("--compile", action=argparse.BooleanOptionalAction, help="in the table (on a GPU, if it works)")
     args, start = p.parse_args(), time.monotonic()
+    if args.part == "paper":
+        return on_paper()
     if args.compile is None:
         args.compile = args.device == "cuda"
     print(f"{torch.cuda.get_device_name() if args.device == 'cuda' else 'CPU, small form'}, torch {torch.__version__}")

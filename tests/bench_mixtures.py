@@ -5,13 +5,15 @@ update rules of DoGE and DoReMi, by the target's test loss of models trained fro
     python tests/bench_mixtures.py --quick                     one task, short runs: 5 minutes on 2 cores
     python tests/bench_mixtures.py                             four tasks, hours on 2 cores; stop and go on as you like
     python tests/bench_mixtures.py --gpt2_ranks FILE.tiktoken  two more tasks, with a BPE vocabulary
-    python tests/bench_mixtures.py --stages transfer stretch sensitivity               the other questions
-    python tests/bench_mixtures.py --stages repetition --seeds 12 13 14 --far 3        caps and repetition, an hour
-    python tests/bench_mixtures.py --table --results tests/bench_mixtures.jsonl        from stored results, no run
+    python tests/bench_mixtures.py --stages transfer repetition sensitivity         the other questions
+    python tests/bench_mixtures.py --table --results tests/bench_mixtures.jsonl     from stored results, no run
 
 Every run is fastmix.py itself, in one thread, --jobs at a time, and one line in WORK/results.jsonl; a line that is
 there is never run again. Seeds are paired: a seed fixes initialisation and batches of every method's run. With a GPU,
 runs at fixed mixtures are trained there, hundreds at once (tests/ensemble.py), which takes minutes in place of hours.
+
+A run's loss has a noise of half a percent. So the table has two figures for a mixture: how much it lost when it was
+trained, and what a response surface, fitted to all fixed runs of the task, says that it loses.
 """
 import argparse
 import contextlib
@@ -45,11 +47,9 @@ TASKS = {  # name: (title, sources, target)
     "own": ("own val splits", "python,cpp,prose,math,legal", "python,cpp,prose,math,legal"),
     "scarce": ("scarce target", "python,cpp,math,legal,prose_2", "prose_2"),  # prose with 2% of its train split
     # three of seven are near-duplicates, or words of the first four without their order, or no text at all
-    "honest": ("half of no use", "python,cpp,prose,legal,python_b,noise_4,bytes", "math"),
+    "half": ("half of no use", "python,cpp,prose,legal,python_b,noise_4,bytes", "math"),
     "bpe": ("toward numpy, BPE", "python,cpp,prose,math,legal,noise", "numpy"),
-    "bpe_honest": ("half of no use, BPE", "python,cpp,prose,legal,python_b,noise_4,bytes", "math"),
-    # of the earlier stored results: the words of `noise` are the target's too
-    "noisy": ("half of no use", "python,cpp,prose,python_b,noise,bytes", "math"),
+    "bpe_half": ("half of no use, BPE", "python,cpp,prose,legal,python_b,noise_4,bytes", "math"),
 }
 SEARCHES = {"FastMix": {}, "raw": {}, "adamw": {}, "no running mean": {},  # {name: flags}
             "authors": {"outer_every": 20, "uniform_share": 1, "target_batch_size": 8, "learning_rate_mixture": 0.01},
@@ -61,28 +61,20 @@ ROWS = {  # of the table, and so what is run: {"search: mixture taken from it": 
     "raw: last_half_average": "raw gradients (P = 1)", "adamw: last_half_average": "AdamW's units (P = 1 / √v)",
     "no running mean: last_half_average": "without the running mean",
     "authors: last": "the authors' setting (head, every 20 steps, Adam on z), last",
-    # of the earlier stored results
-    "all: last_half_average": "`--alignment all`, average of the last half",
-    "all: trajectory": "`--alignment all`, replayed trajectory",
-    "all every 4: last_half_average": "`--alignment all`, every 4, average of the last half",
-    "all every 4: trajectory": "`--alignment all`, every 4, replayed trajectory",
-    "eps 0: last_half_average": "`--uniform_share 0`", "eps 1: last_half_average": "`--uniform_share 1`",
-    "every 20: last_half_average": "`--outer_every 20`",
-    "Adam: last_half_average": "Adam on z, average of the last half",  # earlier
-    "Adam: trajectory": "Adam on z, replayed trajectory",  # earlier
     "DoGE: run_average": "DoGE's rule", "DoReMi: run_average": "DoReMi's rule",  # summed up as both papers do
 }
 REGMIX = (8, 16, 32, 64)  # runs of the RegMix-style search
 ROWS |= {f"RegMix {n}": f"RegMix-style, {n} runs" for n in REGMIX}
-# a search of the earlier stored results, in runs of the proxy; 1.234 where it is not named
-EARLIER_COSTS = {"all": 1.833, "all every 4": 1.208, "every 20": 1.012, "DoReMi": 2.333}
-SIZES = {"base": (2, 2, 64), "large": (4, 4, 128), "bpe": (2, 4, 128), "bpe_large": (6, 8, 256)}  # layers, heads, channels
+SIZES = {"base": (2, 2, 64), "large": (4, 4, 128),  # layers, heads, channels: 0.13 and 0.9 million parameters
+         "bpe": (2, 4, 128), "bpe_large": (6, 8, 256)}  # with 4,097 token ids 1.4 and 6.8 million
 AT_ONCE = {"base": 320, "large": 64, "bpe": 48, "bpe_large": 12}  # runs on a GPU, by its memory
 LARGER = {"base": "large", "bpe": "bpe_large"}
-BYTES = {"bpe": "numpy", "bpe_honest": "honest"}  # the same task with a byte-level vocabulary
-STRETCH = 4
-SENSITIVITY = {"learning_rate_mixture": (0.005, 0.01, 0.02, 0.05, 0.2, 1.0), "outer_every": (1, 4, 20, 100),
-               "target_batch_size": (1, 2, 8, 32), "seed": ()}  # of the seeds, the runs that are there anyway
+BYTES = {"bpe": "numpy", "bpe_half": "half"}  # the same task with a byte-level vocabulary
+SETTINGS = [{}, *({"learning_rate_mixture": rate} for rate in (0.005, 0.01, 0.04, 0.1)),  # for the sensitivity stage
+            {"outer_every": 2, "learning_rate_mixture": 0.035}, {"outer_every": 4, "learning_rate_mixture": 0.06},
+            {"outer_every": 20, "learning_rate_mixture": 0.2}, {"target_batch_size": 1}, {"target_batch_size": 8},
+            {"uniform_share": 0}, {"uniform_share": 1}]
+TUNING_SEEDS = (1, 2)  # they choose settings, and measure nothing else
 KEY = ("task", "what", "seed", "steps", "size")  # what a result is known by
 with mock.patch.object(sys, "argv", ["fastmix.py"]):
     DEFAULTS = vars(fastmix.parse_args({}))
@@ -94,6 +86,11 @@ def sources_of(task):
 
 def size_of(task):
     return "bpe" if task.startswith("bpe") else "base"
+
+
+def seeds_of(args, task):
+    """The tasks with a BPE vocabulary have three seeds."""
+    return args.seeds[:3] if size_of(task) == "bpe" else args.seeds
 
 
 def data_of(work, task):
@@ -361,13 +358,11 @@ def load(path):
 # ---------------------------------------------------------------------------------------------------------------------
 # the comparison
 
-def random_mixtures(K, n):
-    return np.random.default_rng(0).dirichlet(np.ones(K), n)
-
-
-def sparse_mixtures(K, n):
-    """Random mixtures near the edges of the simplex, where good ones often are."""
-    return np.random.default_rng(2).dirichlet(np.full(K, 0.4), n)
+def random_mixtures(task, args, sparse=False):
+    """(R, K) of them; sparse ones lie near the edges of the simplex, where good ones often are."""
+    K, n = len(sources_of(task)), args.random // (2 if size_of(task) == "bpe" else 1)
+    return np.random.default_rng(2).dirichlet(np.full(K, 0.4), n) if sparse else (
+        np.random.default_rng(0).dirichlet(np.ones(K), n))
 
 
 def features(m):
@@ -402,27 +397,27 @@ def compare(bench, args):
     first = args.seeds[0]
     for task in args.tasks:
         names = sources_of(task)
-        for seed in args.seeds:
+        for seed in seeds_of(args, task):
             for what in args.searches:
                 bench.add(task, f"search {what}", seed, flags=SEARCHES[what])
             for m in ("uniform", "proportional"):
                 bench.add(task, m, seed, m)
         for name, m in zip(names, np.eye(len(names))):
             bench.add(task, f"only {name}", first, m)
-        for i, m in enumerate(random_mixtures(len(names), args.random)):
+        for i, m in enumerate(random_mixtures(task, args)):
             bench.add(task, f"random {i}", first, m)
     bench.run()
     for task in args.tasks:
         for what in ROWS:
             method, _, taken = what.partition(": ")
-            for seed in args.seeds if method in args.searches else ():
+            for seed in seeds_of(args, task) if method in args.searches else ():
                 found = bench.get(task, f"search {method}", seed)
                 bench.add(task, what, seed, found["trajectory"] if taken == "trajectory" else found["mixtures"][taken])
-        done = [bench.get(task, f"random {i}", first) for i in range(args.random)]
+        done = [bench.get(task, f"random {i}", first) for i in range(len(random_mixtures(task, args)))]
         for n in REGMIX:
-            if n <= args.random:
+            if n <= len(done):
                 best = regmix(np.array([r["mixture"] for r in done[:n]]), np.array([r["test_loss"] for r in done[:n]]))
-                for seed in args.seeds:
+                for seed in seeds_of(args, task):
                     bench.add(task, f"RegMix {n}", seed, best)
     bench.run()
     # the best fixed mixtures ever run, on all seeds: best_fixed() chooses among them
@@ -433,7 +428,7 @@ def compare(bench, args):
             what = f"best, from {r['what']}" if ":" in r["what"] else r["what"]  # "method: summary" differs by seed
             if not bench.get(task, what, first):
                 bench.store({**r, "what": what})
-            for seed in args.seeds:
+            for seed in seeds_of(args, task):
                 bench.add(task, what, seed, r["mixture"])
     bench.run()
 
@@ -443,39 +438,40 @@ def best_fixed(results, task, args, measured_on=None):
     The best fixed mixture known, as (what, mixture), by its mean over all seeds but the one that it is to be measured
     on: there the best of many would owe a part of its lead to chance.
     """
-    by_what = {}
+    by_what, seeds = {}, seeds_of(args, task)
     for r in results.values():
         if (r["task"], r["steps"], r["size"]) == (task, args.steps, size_of(task)) and "mixture" in r:
             by_what.setdefault(r["what"], {})[r["seed"]] = r
-    whole = {what: runs for what, runs in by_what.items() if set(args.seeds) <= runs.keys()
+    whole = {what: runs for what, runs in by_what.items() if set(seeds) <= runs.keys()
              and len({tuple(r["mixture"]) for r in runs.values()}) == 1}  # one mixture on all seeds
-    seeds = [s for s in args.seeds if s != measured_on] or args.seeds
-    best = min(whole, key=lambda what: np.mean([whole[what][s]["test_loss"] for s in seeds]))
-    return best, whole[best][args.seeds[0]]["mixture"]
+    others = [s for s in seeds if s != measured_on] or seeds
+    best = min(whole, key=lambda what: np.mean([whole[what][s]["test_loss"] for s in others]))
+    return best, whole[best][seeds[0]]["mixture"]
 
 
 def surface(bench, args):
     """Fixed mixtures on all seeds, for the response surface and for the best one known."""
-    for seed in args.seeds:
+    for i in range(max(map(len, (seeds_of(args, task) for task in args.tasks)))):
         for task in args.tasks:
-            K = len(sources_of(task))
-            for name, mixtures in (("random", random_mixtures(K, args.random)), ("sparse", sparse_mixtures(K, args.random))):
-                for i, m in enumerate(mixtures):
-                    bench.add(task, f"{name} {i}", seed, m)
-            for m in ("uniform", "proportional"):
-                bench.add(task, m, seed, m)
-            for name, m in zip(sources_of(task), np.eye(K)):
-                bench.add(task, f"only {name}", seed, m)
+            for seed in seeds_of(args, task)[i: i + 1]:
+                for name, mixtures in (("random", random_mixtures(task, args)),
+                                       ("sparse", random_mixtures(task, args, sparse=True))):
+                    for j, m in enumerate(mixtures):
+                        bench.add(task, f"{name} {j}", seed, m)
+                for m in ("uniform", "proportional"):
+                    bench.add(task, m, seed, m)
+                for name, m in zip(sources_of(task), np.eye(len(sources_of(task)))):
+                    bench.add(task, f"only {name}", seed, m)
     bench.run()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the other questions
 
-def use_elsewhere(bench, args, steps=None, larger=False):
-    """What was found by the small and short search, and by a search there, at another size or length of training."""
-    runs = [(task, seed, {"steps": steps, "size": LARGER[size_of(task)] if larger else None})
-            for task in args.tasks for seed in args.seeds[: args.far]]
+def transfer(bench, args):
+    """What was found by the small and short search, and by a search there, with a larger model trained twice as long."""
+    runs = [(task, seed, {"steps": 2 * args.steps, "size": LARGER[size_of(task)]})
+            for task in args.tasks for seed in args.seeds[:2]]
     for task, seed, where in runs:
         found = bench.get(task, "search FastMix", seed)
         mixtures = {"uniform": "uniform", "proportional": "proportional", "search FastMix": None,
@@ -494,49 +490,101 @@ def use_elsewhere(bench, args, steps=None, larger=False):
     bench.run()
 
 
-def search_with(flag, value):
-    """The name of a search with one setting changed; at the default it is the search that is there anyway."""
-    return "FastMix" if value == DEFAULTS[flag] else f"{flag} {value}"
+def named(setting):
+    """The name of a search with some flags changed."""
+    return "search " + (", ".join(f"--{flag} {value:g}" for flag, value in setting.items()) or "at the defaults")
 
 
 def sensitivity(bench, args):
-    settings = [(search_with(flag, value), {flag: value}, seed) for flag, values in SENSITIVITY.items()
-                for value in values for seed in args.seeds[: args.far]]
-    for what, flags, seed in settings:
-        bench.add("numpy", f"search {what}", seed, flags=flags)
+    for task in args.tasks:
+        for setting in SETTINGS:
+            for seed in TUNING_SEEDS:
+                bench.add(task, named(setting), seed, flags=setting)
     bench.run()
-    for what, _, seed in settings:
-        found = bench.get("numpy", f"search {what}", seed)["mixtures"]["last_half_average"]
-        bench.add("numpy", f"{what}: last_half_average", seed, found)
-    bench.run()
+
+
+REPETITION = {"neither": {}, "repetition": {"max_epochs": 1e9}, "cap of 4 epochs": None, "both": {},
+              "both, 8 epochs": {"max_epochs": 8}, "both, 16 epochs": {"max_epochs": 16}}
+REPETITION_SEEDS = (12, 13, 14)
 
 
 def repetition(bench, args):
     """
-    The scarce task, trained STRETCH times as long as it is searched: what a search finds without and with the caps of
-    that run (--max_epochs) and its repetition, in % of uniform's loss there.
+    The scarce task, trained four times as long as it is searched: what a search finds without and with the caps of that
+    run (--max_epochs) and its repetition, in % of uniform's loss there.
     """
-    steps, seeds = STRETCH * args.steps, args.seeds[: args.far]
+    steps = 4 * args.steps
     tokens = steps * DEFAULTS["batch_size"] * DEFAULTS["block_size"]
     scarce = len(read(data_of(args.work, "scarce"), "prose_2", "train"))
-    kinds = {"neither": {}, "repetition": {"train_tokens": tokens, "max_epochs": 1e9},
-             "cap of 4 epochs": {"bounds": f"prose_2=:{min(1.0, 4 * scarce / tokens):g}"}, "both": {"train_tokens": tokens},
-             **{f"both, {n} epochs": {"train_tokens": tokens, "max_epochs": n} for n in (8, 16)}}
-    for seed in seeds:
-        for name, flags in kinds.items():
+    for seed in REPETITION_SEEDS:
+        for name, flags in REPETITION.items():
+            if name == "cap of 4 epochs":
+                flags = {"bounds": f"prose_2=:{min(1.0, 4 * scarce / tokens):g}"}
+            elif name != "neither":
+                flags = {"train_tokens": tokens, **flags}
             bench.add("scarce", f"search for {steps} steps, {name}", seed, flags=flags)
     bench.run()
-    for seed in seeds:
+    for seed in REPETITION_SEEDS:
         bench.add("scarce", "uniform", seed, "uniform", steps=steps)
-        for name in kinds:
+        for name in REPETITION:
             found = bench.get("scarce", f"search for {steps} steps, {name}", seed)["mixtures"]["last_half_average"]
             bench.add("scarce", name, seed, found, steps=steps)
     bench.run()
-    uniform = losses(bench.results, "scarce", "uniform", seeds, steps)
-    for name in kinds:
-        gain = 100 * (losses(bench.results, "scarce", name, seeds, steps) / uniform - 1)
-        share = [bench.get("scarce", name, s, steps=steps)["mixture"][-1] for s in seeds]
-        print(f"| {name} | " + " | ".join(f"{g:+.2f}" for g in gain) + f" | {gain.mean():+.2f} | {np.mean(share):.3f} |")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the response surface
+
+def gaussian_process(x, y, noise):
+    """
+    x (R, D), y (R,), noise (R,) standard deviations of y -> (predict, error): predict maps (S, D) to (S,), and error is
+    the rms of what each y differs from its prediction by the others. A squared exponential kernel, whose length and
+    height are those of the largest marginal likelihood on a grid, and an unknown mean.
+    """
+    mean, scale, best = y.mean(), y.std(), None
+
+    def distances(a):
+        return ((a[:, None] - x[None]) ** 2).sum(-1)
+    for length in (0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0):
+        for height in (0.3, 1.0, 3.0, 10.0, 30.0):
+            def kernel(d, length=length, height=height):
+                return height * np.exp(-d / (2 * length**2)) + 100  # + 100: the mean
+            covariance = kernel(distances(x)) + np.diag((noise / scale) ** 2)
+            inverse = np.linalg.inv(covariance)
+            weights = inverse @ ((y - mean) / scale)
+            likelihood = -weights @ (y - mean) / scale - np.linalg.slogdet(covariance)[1]
+            if best is None or likelihood > best[0]:
+                error = np.sqrt(((weights / np.diag(inverse)) ** 2).mean()) * scale
+                best = likelihood, kernel, weights, error
+    _, kernel, weights, error = best
+    return lambda a: mean + scale * kernel(distances(np.atleast_2d(a))) @ weights, error
+
+
+def log_shares(mixtures):
+    return np.log(np.asarray(mixtures) + 0.05) / 3
+
+
+def response_surface(results, task, args):
+    """
+    (predict, error): the loss of mixtures (S, K), as a mean over the seeds, from all fixed runs of the task that are
+    within a tenth of the best; and its leave-one-out error, in % of the best. None where there are few runs.
+    """
+    by_mixture, seeds = {}, seeds_of(args, task)  # {mixture: {seed: loss}}
+    for r in results.values():
+        if ((r["task"], r["steps"], r["size"]) == (task, args.steps, size_of(task)) and "mixture" in r
+                and r["seed"] in seeds):
+            by_mixture.setdefault(tuple(r["mixture"]), {})[r["seed"]] = r["test_loss"]
+    whole = np.array([[runs[s] for s in seeds] for runs in by_mixture.values() if len(runs) == len(seeds)])
+    if len(by_mixture) < 20 or len(seeds) < 2 or len(whole) < 3:
+        return None
+    seed_effect = dict(zip(seeds, whole.mean(0) - whole.mean()))
+    rest = whole - whole.mean(1, keepdims=True) - whole.mean(0) + whole.mean()
+    noise = rest.std() * np.sqrt(len(seeds) / (len(seeds) - 1))  # of one run
+    y = np.array([np.mean([loss - seed_effect[s] for s, loss in runs.items()]) for runs in by_mixture.values()])
+    near = y < 1.1 * whole.mean(1).min()
+    count = np.array([len(runs) for runs in by_mixture.values()])
+    predict, error = gaussian_process(log_shares(list(by_mixture))[near], y[near], noise / np.sqrt(count[near]))
+    return lambda mixtures: predict(log_shares(mixtures)), 100 * error / y.min()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -560,15 +608,13 @@ def flops(size, steps, search=None):
     return steps * (3 * tokens * forward + extra)
 
 
-def cost_of(what, task, args):
+def cost_of(what, task):
     """In runs of the proxy at a fixed mixture; the run at the mixture that comes out is everybody's and not counted."""
     method, _, taken = what.partition(": ")
     if what.startswith("RegMix"):
         return int(what.split()[1])
     if not taken:
         return 0.0
-    if args.earlier:
-        return EARLIER_COSTS.get(method, 1.234)
     return flops(size_of(task), 1, method) / flops(size_of(task), 1) + (method == "DoReMi")
 
 
@@ -578,9 +624,9 @@ def losses(results, task, what, seeds, steps, size=None):
     return np.array([r["test_loss"] for r in rows]) if all(rows) else None
 
 
-def measured_seeds(args):
+def measured_seeds(args, task):
     """The first seed chose which mixtures run on all seeds, so the others measure; with one seed, it does both."""
-    return args.seeds[1:] or args.seeds
+    return seeds_of(args, task)[1:] or args.seeds
 
 
 def regret(results, task, what, args):
@@ -588,7 +634,7 @@ def regret(results, task, what, args):
     (S,) loss above the best fixed mixture known, in % of it, on each seed that ran; None if none did. On each seed it
     is the mixture that is best on the other seeds.
     """
-    seeds = measured_seeds(args)
+    seeds = measured_seeds(args, task)
     if what == "best single source":  # on the first seed only
         seeds, rest = args.seeds[:1], (args.seeds[0], args.steps, size_of(task))
         single = {f"only {n}": results.get((task, f"only {n}", *rest)) for n in sources_of(task)}
@@ -598,94 +644,128 @@ def regret(results, task, what, args):
     return 100 * (losses(results, task, what, seeds, args.steps) / best - 1) if seeds else None
 
 
-def cell(values, n_seeds):
-    """Mean (lowest to highest), and how many seeds where not all ran."""
+def cell(values, n_seeds, predicted=None):
+    """Mean (lowest to highest), and how many seeds where not all ran; then what the response surface says."""
     if values is None:
         return ""
     spread = [f"{values.min():+.2f} to {values.max():+.2f}"] if len(values) > 1 else []
     seeds = [f"{len(values)} seed{'s' * (len(values) > 1)}"] if len(values) < n_seeds else []
-    return f"{values.mean():+.2f}" + (f" ({'; '.join(spread + seeds)})" if spread + seeds else "")
+    return (f"{values.mean():+.2f}" + (f" ({'; '.join(spread + seeds)})" if spread + seeds else "")
+            + (f", {predicted:+.2f}" if predicted is not None else ""))
+
+
+def predicted_regret(results, task, what, args, surface):
+    """What regret() gives, by the response surface; None where a row is no mixture, but a trajectory."""
+    if surface is None or what == "best single source" or "trajectory" in what:
+        return None
+    runs = [(s, results.get((task, what, s, args.steps, size_of(task)))) for s in measured_seeds(args, task)]
+    values = [100 * (surface[0](r["mixture"]) / surface[0](best_fixed(results, task, args, s)[1]) - 1)
+              for s, r in runs if r]
+    return np.mean(values) if values else None
 
 
 def show(args):
     results = load(args.results)
-    args.earlier = any(r["what"].startswith("all: ") for r in results.values())  # of the earlier alignment
-    tasks = [t for t in args.tasks if losses(results, t, "uniform", args.seeds, args.steps) is not None]
+    tasks = [t for t in args.tasks if losses(results, t, "uniform", seeds_of(args, t), args.steps) is not None]
+    for size in ("base", "bpe"):
+        if any(size_of(t) == size for t in tasks):
+            show_tasks(results, [t for t in tasks if size_of(t) == size], args)
     if not tasks:
         return print(f"{args.results} has no runs of {args.steps} steps on all of these seeds and one of these tasks")
-    titles = [TASKS[t][0] for t in tasks]
-    chosen = " (chosen on the other seeds)" if len(args.seeds) > 1 else ""
-    print(f"{args.steps} steps, seeds {', '.join(map(str, measured_seeds(args)))}; regret: % of the loss above the "
-          f"best fixed mixture known{chosen}, mean over the seeds (lowest to highest)\n")
-    print("| | cost | " + " | ".join(titles) + " |\n| --- | --- |" + " --- |" * len(tasks))
+    show_transfer(results, tasks, args)
+    show_repetition(results, args)
+    show_sensitivity(results, tasks, args)
+    figure(results, tasks, args, Path(args.results).parent / "mixtures.png")
+
+
+def show_tasks(results, tasks, args):
+    seeds, measured = seeds_of(args, tasks[0]), measured_seeds(args, tasks[0])
+    surfaces = {t: response_surface(results, t, args) for t in tasks}
+    chosen = " (chosen on the other seeds)" if len(seeds) > 1 else ""
+    print(f"\n{args.steps} steps, seeds {', '.join(map(str, measured))}; regret: % of the loss above the "
+          f"best fixed mixture known{chosen}, mean over the seeds (lowest to highest), by the response surface\n")
+    print("| | cost | " + " | ".join(TASKS[t][0] for t in tasks) + " |\n| --- | --- |" + " --- |" * len(tasks))
     for what, title in ROWS.items():
-        cells = [cell(regret(results, t, what, args), len(measured_seeds(args))) for t in tasks]
+        cells = [cell(regret(results, t, what, args), len(measured),
+                      predicted_regret(results, t, what, args, surfaces[t])) for t in tasks]
         if any(cells):
-            print(f"| {title} | {cost_of(what, tasks[0], args):.2f} | " + " | ".join(cells) + " |")
+            print(f"| {title} | {cost_of(what, tasks[0]):.2f} | " + " | ".join(cells) + " |")
     for task in tasks:
         best, mixture = best_fixed(results, task, args)
-        loss = losses(results, task, best, args.seeds, args.steps)
-        uniform = losses(results, task, "uniform", args.seeds, args.steps)
+        loss = losses(results, task, best, seeds, args.steps)
+        uniform = losses(results, task, "uniform", seeds, args.steps)
 
         def listed(weights):
             return ", ".join(f"{n} {w:.2f}" for n, w in zip(sources_of(task), weights))
         print(f"\n{task}: best fixed mixture known {loss.mean():.4f} nats a token ({best}: {listed(mixture)}); "
-              f"uniform {uniform.mean():.4f}, its seeds differ by {100 * np.ptp(uniform) / uniform.mean():.2f}%")
-        for seed in args.seeds:
+              f"uniform {uniform.mean():.4f}, its seeds differ by {100 * np.ptp(uniform) / uniform.mean():.2f}%"
+              + (f"; leave-one-out error of the surface {surfaces[task][1]:.2f}%" if surfaces[task] else ""))
+        for seed in seeds:
             found = results.get((task, "search FastMix", seed, args.steps, size_of(task)))
             if found:
                 print(f"    seed {seed} found " + listed(found["mixtures"]["last_half_average"]))
     print()
-    for what, cost in (("uniform", 1.0), ("search FastMix", cost_of("FastMix: last", tasks[0], args))):
-        seconds = [r["seconds"] for r in results.values()
-                   if r["what"] == what and r["steps"] == args.steps and r["size"] == size_of(tasks[0])]
-        if seconds:
-            print(f"{what}: {cost * flops(size_of(tasks[0]), args.steps):.3g} FLOPs, {np.median(seconds):.0f} s")
-    show_elsewhere(results, tasks, args, f"{STRETCH} times as many steps", STRETCH * args.steps)
-    show_elsewhere(results, tasks, args, "a larger model, 4 layers of 128 channels", args.steps, "large")
-    folder = Path(args.results).parent
-    figure(results, tasks, args, folder / "mixtures.png")
-    if not args.earlier:  # its defaults were others
-        figure_sensitivity(results, args, folder / "sensitivity.png")
+    for what, cost in (("uniform", 1.0), ("search FastMix", cost_of("FastMix: last", tasks[0]))):
+        print(f"{what}: {cost * flops(size_of(tasks[0]), args.steps):.3g} FLOPs")
 
 
-def show_elsewhere(results, tasks, args, title, steps, size=None):
-    seeds = [s for s in args.seeds
-             if any((t, "FastMix: trajectory", s, steps, size or size_of(t)) in results for t in tasks)]
-    if not seeds:
+def show_transfer(results, tasks, args):
+    steps = 2 * args.steps
+    tasks = [t for t in tasks if (t, "searched there", args.seeds[0], steps, LARGER[size_of(t)]) in results]
+    if not tasks:
         return
-    print(f"\n{title}: % of uniform's loss, seeds {', '.join(map(str, seeds))}\n")
+    print(f"\na larger model, {steps} steps: % of uniform's loss on the same seed\n")
     print("| | " + " | ".join(TASKS[t][0] for t in tasks) + " |\n| --- |" + " --- |" * len(tasks))
     titles = {"proportional": "proportional to tokens", "best fixed": "best fixed mixture of the small runs",
               "FastMix: last_half_average": "FastMix, found by the small search",
-              "FastMix: trajectory": "FastMix, its trajectory replayed", "searched there": "FastMix, searched there"}
+              "FastMix: trajectory": "FastMix, its trajectory replayed",
+              "found on bytes": "FastMix, found by the small search on bytes",
+              "searched there": "FastMix, searched there"}
     for what, title in titles.items():
         cells = []
         for task in tasks:
-            pairs = [[losses(results, task, w, [s], steps, size) for w in (what, "uniform")] for s in seeds]
+            pairs = [[losses(results, task, w, [s], steps, LARGER[size_of(task)]) for w in (what, "uniform")]
+                     for s in args.seeds]
             gains = [100 * (found / uniform - 1) for found, uniform in pairs
                      if found is not None and uniform is not None]
-            cells.append(cell(np.array(gains) if gains else None, len(seeds)))
+            cells.append(cell(np.array(gains) if gains else None, 0))
         if any(cells):
             print(f"| {title} | " + " | ".join(cells) + " |")
 
 
-def draw(axes, path, ylabel):
-    """Finishes a row of panels: one legend below all, and the file."""
-    for ax in axes:
-        ax.spines[["top", "right"]].set_visible(False)
-    axes[0].set_ylabel(ylabel)
-    fig = axes[0].figure
-    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8, frameon=False)
-    fig.savefig(path)
-    print(f"\nwrote {path}")
+def show_repetition(results, args):
+    steps = 4 * args.steps
+    uniform = losses(results, "scarce", "uniform", REPETITION_SEEDS, steps)
+    if uniform is None:
+        return
+    print(f"\nscarce target, {steps} steps: % of uniform's loss\n\n| | " +
+          " | ".join(f"seed {s}" for s in REPETITION_SEEDS) + " | mean | share of the scarce source |")
+    print("| --- |" + " --- |" * (len(REPETITION_SEEDS) + 2))
+    for name in REPETITION:
+        gain = 100 * (losses(results, "scarce", name, REPETITION_SEEDS, steps) / uniform - 1)
+        share = [results["scarce", name, s, steps, "base"]["mixture"][-1] for s in REPETITION_SEEDS]
+        print(f"| {name} | " + " | ".join(f"{g:+.2f}" for g in gain) + f" | {gain.mean():+.2f} | {np.mean(share):.3f} |")
 
 
-def panels(n, **size):
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    return plt.subplots(1, n, dpi=110, squeeze=False, layout="constrained", **size)[1][0]
+def show_sensitivity(results, tasks, args):
+    """By the response surface, so that a setting costs a search and no training afterwards."""
+    tasks = [t for t in tasks if (t, named({}), TUNING_SEEDS[0], args.steps, size_of(t)) in results]
+    if not tasks:
+        return
+    print(f"\nsearches of seeds {TUNING_SEEDS[0]} and {TUNING_SEEDS[1]}, average of the last half: % of the loss above "
+          "the best fixed mixture known, by the response surface\n\n| | " + " | ".join(TASKS[t][0] for t in tasks) +
+          " |\n| --- |" + " --- |" * len(tasks))
+    references = {}
+    for task in tasks:
+        surface, _ = response_surface(results, task, args)
+        references[task] = surface, surface(best_fixed(results, task, args)[1])[0]
+    for setting in SETTINGS:
+        cells = []
+        for task, (surface, best) in references.items():
+            found = [results.get((task, named(setting), s, args.steps, size_of(task))) for s in TUNING_SEEDS]
+            cells.append(np.mean([surface(r["mixtures"]["last_half_average"])[0] / best - 1 for r in found if r]))
+        title = named(setting).removeprefix("search ")
+        print(f"| {title if not setting else f'`{title}`'} | " + " | ".join(f"{100 * c:+.2f}" for c in cells) + " |")
 
 
 def figure(results, tasks, args, path):
@@ -693,12 +773,20 @@ def figure(results, tasks, args, path):
     lines = (([f"RegMix {n}" for n in REGMIX], "#009E73", "s", 0, "RegMix-style"),
              (["FastMix: last_half_average"], "#0072B2", "o", 0, "FastMix, last half"),
              (["FastMix: trajectory"], "#56B4E9", "D", 3, "FastMix, replayed"),
-             (["all: last_half_average"], "#D55E00", "P", 0, "--alignment all, last half"),
-             (["all every 4: last_half_average"], "#332288", "X", 1, "--alignment all, every 4, last half"),
-             (["DoGE: run_average"], "#E69F00", "^", 2, "DoGE's rule"),
-             (["DoReMi: run_average"], "#CC79A7", "v", 4, "DoReMi's rule"))
-    axes = panels(len(tasks), figsize=(3.4 * len(tasks), 3.8))
-    for ax, task in zip(axes, tasks):
+             (["adamw: last_half_average"], "#332288", "X", 1, "in AdamW's units"),
+             (["raw: last_half_average"], "#D55E00", "P", 2, "raw gradients"),
+             (["authors: last"], "#999933", "v", 0, "the authors' setting"),
+             (["DoGE: run_average"], "#E69F00", "^", 4, "DoGE's rule"),
+             (["DoReMi: run_average"], "#CC79A7", "v", 0, "DoReMi's rule"))
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    columns = min(3, len(tasks))
+    fig, axes = plt.subplots(-(-len(tasks) // columns), columns, dpi=110, squeeze=False, layout="constrained",
+                             figsize=(3.6 * columns, 3.0 * -(-len(tasks) // columns) + 0.8))
+    for ax in axes.flat[len(tasks):]:
+        ax.remove()
+    for ax, task in zip(axes.flat, tasks):
         for what, style in (("uniform", "--"), ("proportional", ":")):
             r = regret(results, task, what, args)
             if r is not None:
@@ -706,7 +794,7 @@ def figure(results, tasks, args, path):
         ax.axhline(0, color="#222222", linewidth=1, label="best fixed mixture known")
         for whats, colour, marker, aside, label in lines:
             found = [(w, regret(results, task, w, args)) for w in whats]
-            found = np.array([(cost_of(w, task, args), r.mean(), r.mean() - r.min(), r.max() - r.mean())
+            found = np.array([(cost_of(w, task), r.mean(), r.mean() - r.min(), r.max() - r.mean())
                               for w, r in found if r is not None])
             if len(found):
                 found[:, 0] *= 1 + 0.08 * aside  # side by side where they cost the same
@@ -715,59 +803,33 @@ def figure(results, tasks, args, path):
         ax.set(title=TASKS[task][0], xlabel="cost of the search (proxy runs)", xscale="log", xlim=(0.8, 90))
         ax.set_xticks([1, 2, 4, 8, 16, 32, 64], ["1", "2", "4", "8", "16", "32", "64"], minor=False)
         ax.minorticks_off()
-    draw(axes, path, "loss above the best fixed mixture, %")
-
-
-def figure_sensitivity(results, args, path):
-    """Toward numpy, in % of uniform's loss on the same seed: what is found with one setting changed, and the search."""
-    seeds = [s for s in args.seeds if ("numpy", "outer_every 4: last_half_average", s, args.steps, "base") in results]
-    if not seeds:
-        return
-
-    def gain(what, seeds):
-        uniform, found = (losses(results, "numpy", w, seeds, args.steps) for w in ("uniform", what))
-        return [] if found is None else 100 * (found / uniform - 1)
-
-    axes = panels(len(SENSITIVITY), figsize=(14, 3.4), sharey=True)
-    best = np.mean([gain(best_fixed(results, "numpy", args, s)[0], [s]) for s in args.seeds])
-    for ax, (flag, values) in zip(axes, SENSITIVITY.items()):
-        points = ([("FastMix", [s]) for s in args.seeds] if flag == "seed" else
-                  [(search_with(flag, v), seeds) for v in values])
-        for what, marker, colour, label in (("search {}", "x", "#D55E00", "the searching proxy itself"),
-                                            ("{}: last_half_average", "o", "#0072B2", "trained at the mixture found")):
-            found = [(i, y) for i, (name, at) in enumerate(points) for y in gain(what.format(name), at)]
-            ax.plot(*zip(*found), marker, color=colour, markersize=6, label=label, linestyle="none")
-        ax.axhline(0, color="#666666", linestyle="--", linewidth=1, label="uniform")
-        ax.axhline(best, color="#222222", linewidth=1, label="best fixed mixture known")
-        ax.set_xticks(range(len(points)), values or args.seeds, fontsize=8)
-        ax.set_title(f"--{flag}", fontsize=9)
-        ax.set_xlim(-0.6, len(points) - 0.4)
-    draw(axes, path, "test loss, % of uniform's")
+        ax.spines[["top", "right"]].set_visible(False)
+    for ax in axes[:, 0]:
+        ax.set_ylabel("loss above the best, %")
+    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8, frameon=False)
+    fig.savefig(path)
+    print(f"\nwrote {path}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 
-STAGES = {"compare": compare, "surface": surface,
-          "stretch": lambda bench, args: use_elsewhere(bench, args, steps=STRETCH * args.steps),
-          "transfer": lambda bench, args: use_elsewhere(bench, args, larger=True),
-          "transfer_longer": lambda bench, args: use_elsewhere(bench, args, steps=2 * args.steps, larger=True),
-          "sensitivity": sensitivity, "repetition": repetition}
+STAGES = {"compare": compare, "surface": surface, "transfer": transfer, "sensitivity": sensitivity,
+          "repetition": repetition}
 
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--work", default="out-bench", type=Path, help="data, results and figures")
-    p.add_argument("--tasks", nargs="+", choices=TASKS, default=[t for t in TASKS if t != "noisy"])
+    p.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     p.add_argument("--gpt2_ranks", type=Path, help="gpt2's vocabulary, a .tiktoken file: task bpe takes its first "
                                                    "4,096 ranks, and is left out without it")
-    p.add_argument("--stages", nargs="+", choices=STAGES, default=["compare"])
+    p.add_argument("--stages", nargs="+", choices=STAGES, default=["compare", "surface"])
     p.add_argument("--searches", nargs="+", choices=SEARCHES, default=list(SEARCHES))
     p.add_argument("--seeds", nargs="+", type=int, default=[11, 12, 13, 14, 15],
                    help="the first is for random mixtures and the choice of those that run on all; the others measure")
     p.add_argument("--steps", type=int, default=600)
     p.add_argument("--random", type=int, default=64, help="runs at random mixtures, for the RegMix-style search")
     p.add_argument("--best", type=int, default=5, help="best mixtures of the first seed to be run on all seeds")
-    p.add_argument("--far", type=int, default=1, help="seeds of the stages other than compare")
     p.add_argument("--jobs", type=int, default=os.cpu_count())
     p.add_argument("--quick", action="store_true")
     p.add_argument("--table", action="store_true", help="run nothing")
@@ -775,7 +837,7 @@ def main():
     args = p.parse_args()
     if args.quick:
         args.tasks, args.seeds, args.steps, args.random, args.best = ["numpy"], [11], 250, 16, 2
-        args.searches = ["FastMix", "DoGE"]
+        args.searches, args.stages = ["FastMix", "DoGE"], ["compare"]
     args.results = args.results or args.work / "results.jsonl"
     if not args.table:
         args.work.mkdir(parents=True, exist_ok=True)
