@@ -7,13 +7,13 @@ K sources, a mixture alpha of them, a small proxy model w and a target (validati
     inner:  w*(alpha) = argmin over w of  sum_k alpha_k L_k(w)
 
 Both are descended at once. The inner step is ordinary training; the outer step moves alpha = softmax(z) by the gradient
-of the target loss one step ahead, w' = w - eta P sum_k alpha_k g_k. With P the inverse curvature of the inner loss, and
-not AdamW's own, the step points to where training will end, and A_k is what the implicit function theorem says of w*:
+of the target loss one step ahead, w' = w - eta P sum_k alpha_k g_k. P is an inverse curvature, not AdamW's 1 / sqrt(v),
+so that the step points to where training will end: A_k approximates, at the LM head, the implicit derivative of w*:
 
     (1) weights    draw sources from q = (1 - eps) alpha + eps / K and weight source k's loss by alpha_k / q_k;
                    the expected gradient is sum_k alpha_k g_k for every eps    -> draw(), loss_weights()
-    (2) alignment  A_k = <P g_val, g_k>, taken at the LM head, whose gradient the pass that trains
-                   forms in chunks, source by source    -> inverse_curvature(), FusedWeightedCrossEntropy
+    (2) alignment  A_k = <P g_val, g_k>    -> target_gradient(), inverse_curvature(); the pass that trains
+                   forms g_k at the head anyway, in chunks of one source at a time    -> FusedWeightedCrossEntropy
     (3) mixture    dL_val(w') / dz_k = -eta alpha_k (A_k - sum_j alpha_j A_j), stepped as mirror
                    descent, A in units of its rms: z_k += rate (A_k - mean) / rms    -> mixture_step()
 
@@ -21,7 +21,7 @@ not AdamW's own, the step points to where training will end, and A_k is what the
     python fastmix.py --mixture out/mixture.json --out_dir out-found       train at the mixture that was found
 
 Paper: "FastMix: Fast Data Mixture Optimization via Gradient Descent", Tan et al., ICLR 2026, arXiv 2606.14971.
-This implementation's own: P (theirs is 1), a running mean of g_val, the rms and eps < 1 (theirs is 1).
+This implementation's own: P (theirs is 1), a running mean of g_val, the rms, eps < 1 (theirs is 1), masks and bounds.
 """
 import argparse
 import math
@@ -39,7 +39,7 @@ from plot_mixture import append_row, mixture_at, open_log, progress, read_mixtur
 from prepare_data import IGNORE, fail, gather, say
 
 TEST_TOKENS = 2**18  # at most so many tokens of each test split are evaluated at the end
-DECAY = 0.9  # what an outer step keeps of the running mean of the target's gradient
+DECAY = 0.9  # what an outer step keeps of the running means G and H
 
 
 # ---- config ---------------------------------------------------------------------------------------------------------
@@ -125,8 +125,8 @@ def draw_batch(sets, split, q, n, rng):
 
 def loss_weights(alpha, q, density):
     """
-    Formula (1): the weight (K,) of source k's tokens when sequences are drawn by q (K,). Where density (K,) of a set's
-    tokens is learned, the mean is over the learned ones. NaN, and not used, for a source neither wanted nor drawn.
+    Formula (1): alpha_k / q_k, (K,), the weight of source k's tokens when sequences are drawn by q (K,); over the share
+    of tokens that is learned, of which density (K,) is by source. NaN, and not used, for one neither wanted nor drawn.
     """
     return alpha / (q * (alpha * density).sum())
 
@@ -138,8 +138,8 @@ class FusedWeightedCrossEntropy(torch.autograd.Function):
     and the one-hot target y_t, the gradient of loss_t is W^T (p_t - y_t) for h_t and (p_t - y_t) h_t^T for the head W.
 
     hidden (N, C), weight (V, C), targets (N,) with IGNORE where nothing is learned, coef (N,); ends (K,): where each
-    source's tokens end; PG (V, C) or None, the target's gradient times P. Returns the loss; token_loss (N,),
-    in nats; and, given PG, parts (K,): the sum over each source's tokens of coef_t <PG, (p_t - y_t) h_t^T>.
+    source's tokens end; PG (V, C) or None, the target's gradient times P. Returns the loss; token_loss (N,), in nats;
+    and parts (K,), zeros without PG: the sum over each source's tokens of coef_t <PG, (p_t - y_t) h_t^T>.
     """
 
     @staticmethod
@@ -201,8 +201,8 @@ def fused_cross_entropy(hidden, weight, targets, r=None, divisor=None, PG=None, 
 def batch_loss(model, head, x, y, r, n_tokens, PG=None, ends=None):
     """
     A micro-batch's part of the step's loss, sum_t r_t loss_t / n_tokens. x, y (B, T); r (B,) weights of its sequences;
-    n_tokens the step has in all, learned or not: divided by the sum of weights, the expected gradient would not be
-    exactly sum_k alpha_k g_k (beta_k g_k with masks). Returns (loss, token_loss (B, T), parts (K,)).
+    n_tokens is of the whole step, learned or not; to divide by the sum of weights instead would bias the expected
+    gradient away from sum_k alpha_k g_k. Returns (loss, token_loss (B, T), parts (K,)).
     """
     hidden = model(x)  # (B, T, C)
     loss, token_loss, parts = fused_cross_entropy(hidden.flatten(0, 1), head, y.flatten(),
@@ -214,36 +214,36 @@ def batch_loss(model, head, x, y, r, n_tokens, PG=None, ends=None):
 
 def target_gradient(model, head, x, y, r, n_tokens):
     """
-    From a target batch, with the arguments of batch_loss(), in one forward pass and no backward pass through the model:
-    the gradient at the head, sum_t r_t (p_t - y_t) h_t^T / n_tokens, (V, C), and sum_t h_t h_t^T / n_tokens, (C, C).
+    Over a target batch's learned tokens, with batch_loss()'s arguments: the gradient at the head, sum_t r_t (p_t - y_t)
+    h_t^T / n_tokens, (V, C); and sum_t r_t h_t h_t^T / n_tokens, (C, C). No backward pass through the model.
     """
+    r = r.repeat_interleave(x.shape[1])  # (B T,)
     with torch.no_grad():
         h = model(x).flatten(0, 1).to(head.dtype)  # (B T, C)
-    loss = fused_cross_entropy(h, head, y.flatten(), r.repeat_interleave(x.shape[1]), n_tokens)[0]
+    loss = fused_cross_entropy(h, head, y.flatten(), r, n_tokens)[0]
     with torch.autocast(x.device.type, enabled=False):
-        return torch.autograd.grad(loss, head)[0], h.T @ h / n_tokens
+        return torch.autograd.grad(loss, head)[0], h.T @ (h * (r * (y.flatten() != IGNORE))[:, None]) / n_tokens
 
 
 def inverse_curvature(G, H, head, optimizer):
     """
-    P G, (V, C), for a target's gradient G (V, C). 1 / P is the curvature of the loss at the head by K-FAC (Martens and
-    Grosse, arXiv 1503.05671), up to scale: E[(p - y)^2] of each row, which AdamW's running mean square v has, times
-    E[h h^T], of which H (C, C) is the target's; each damped by a tenth of its mean, as noise needs.
+    P G, (V, C), for a target's gradient G (V, C). P inverts the curvature of the loss at the head by K-FAC (Martens and
+    Grosse, arXiv 1503.05671), up to scale: E[(p - y)^2] by rows, as the row means of AdamW's v are, times E[h h^T], of
+    which H (C, C) is the target's. A tenth of its mean is added to each, against noise.
     """
     v = optimizer.state[head].get("exp_avg_sq")  # none before the first step
     rows = torch.ones_like(G[:, :1]) if v is None else v.mean(1, keepdim=True)  # (V, 1)
     damped = H + 0.1 * H.diagonal().mean() * torch.eye(len(H), dtype=H.dtype, device=H.device)
-    return (G / (rows + 0.1 * rows.mean()) @ torch.linalg.inv(damped)).to(G.dtype)
+    return G / (rows + 0.1 * rows.mean()) @ torch.linalg.inv(damped)
 
 
 # ---- (3) the mixture ------------------------------------------------------------------------------------------------
 
 def mixture_step(z, A, present, rate):
     """
-    Formula (3) as a step of mirror descent on the simplex, on the logits z (K,) in place: z moves against the gradient
-    over alpha, not over z, which vanishes with alpha_k and would leave a source that has lost its weight where it is.
-    A (K,) alignments, in units of their rms: a gradient's scale says nothing about mixtures. present (K,): a source that
-    was not in the batch has no alignment and keeps its logit.
+    Formula (3) as a mirror descent step on the simplex, on the logits z (K,) in place: by the gradient over alpha, as the
+    one over z has a factor alpha_k and would leave a source that lost its weight where it is. A (K,) alignments, in
+    units of their rms, for a gradient's scale says nothing. present (K,): a source not in the batch keeps its logit.
     """
     alpha = torch.softmax(z, 0)
     share = alpha * present / (alpha * present).sum()  # (K,) among the sources present
@@ -269,9 +269,9 @@ def within_bounds(z, lower, upper):
 
 def per_drawn_token(A, alpha, density, present):
     """
-    Alignments (K,) per learned token -> per token drawn, where density (K,) of the tokens are learned; not in the paper.
-    Of n tokens n M are learned, M = sum_k alpha_k density_k, in shares beta_k = alpha_k density_k / M. AdamW divides by
-    the gradient's noise, which falls with the root of n M, so training goes along sqrt(M) sum_k beta_k g_k, the target
+    Alignments (K,) per learned token -> per token drawn, where density (K,) of the tokens is learned. Of n tokens n M
+    are, M = sum_k alpha_k density_k, in shares beta_k = alpha_k density_k / M. A run is finite, and AdamW divides by
+    the gradient's noise, which falls with the root of n M: so training goes along sqrt(M) sum_k beta_k g_k, the target
     falls by sqrt(M) sum_k beta_k A_k, and its derivative by alpha_k is sqrt(M) (density_k / M) (A_k - mean / 2). Half
     the mean is added to all, so that equal densities leave A as it is.
     """
@@ -320,8 +320,8 @@ def main():
     state = SimpleNamespace(
         step=0, reported=-1, seconds=0.0,  # steps done, and when the last report was written; time taken
         z=torch.zeros(K, dtype=torch.float64),  # (K,) logits of the mixture, alpha = softmax(z)
-        G=torch.zeros_like(head.data),  # (V, C) running mean of the target's gradient; its direction counts
-        H=torch.zeros(args.n_embd, args.n_embd, device=device),  # (C, C) and of its hidden states' second moment
+        G=torch.zeros_like(head.data),  # (V, C) running mean of the target's gradient, up to scale
+        H=torch.zeros(args.n_embd, args.n_embd, device=device),  # (C, C) running mean of its h h^T, up to scale
         schedule=torch.from_numpy(schedule),  # (P, 1 + K) fractions of the run and mixtures there; not for a search
         run_sum=torch.zeros(K, dtype=torch.float64), half_sum=torch.zeros(K, dtype=torch.float64),  # of alpha
         drawn=torch.zeros(K, dtype=torch.int64))  # tokens seen of each source
@@ -351,7 +351,7 @@ def main():
             taken, seconds = step - max(state.reported, 0), time.time() - clock
             train_loss = add_up(weighted_loss).item() / max(taken, 1)
             target_loss = float(np.dot(target_weights, list(target_losses.values())))
-            if not (math.isfinite(train_loss + target_loss) and all(p.isfinite().all() for p in net.parameters())):
+            if not all(t.isfinite().all() for t in (torch.tensor(train_loss + target_loss), alpha, *net.parameters())):
                 fail(f"the loss is no longer finite at step {step}; the last good checkpoint stays. Lower "
                      f"--learning_rate {args.learning_rate:g} in a new run, or --resume if it was the machine")
             state.seconds, state.reported, clock = state.seconds + seconds, step, clock + seconds
@@ -370,20 +370,20 @@ def main():
             say(f"stopped at step {step}; go on with: python fastmix.py --resume --out_dir {out}")
             raise SystemExit(130)
 
-        # ---- outer step, first half: the target's gradient, averaged over outer steps
+        # ---- outer step, first half: the target's gradient, averaged over outer steps, times P
         outer, PG = searching and step % args.outer_every == 0, None
         if outer:
             rng = np.random.default_rng((args.seed, step, 1))  # of the step, so that a run that goes on draws the same
             _, which, x, y = draw_batch(targets, "val", target_weights, args.target_batch_size, rng)
-            # each target counts by its weight, however few of its tokens are learned
+            # over its density, so that a target counts by its weight, however few of its tokens are learned
             r = torch.tensor([1 / t.density("val") for t in targets])[which]
             x, y, r = (tensor.to(device) for tensor in (x, y, r))
             with autocast:
                 g_val, h_val = target_gradient(model, head, x, y, r, args.target_batch_size * T)
-                add_up(g_val, h_val)
-                state.G.lerp_(g_val, 1 - DECAY)
-                state.H.lerp_(h_val, 1 - DECAY)
-                PG = inverse_curvature(state.G, state.H, head, optimizer)
+            add_up(g_val, h_val)
+            state.G.lerp_(g_val, 1 - DECAY)
+            state.H.lerp_(h_val, 1 - DECAY)
+            PG = inverse_curvature(state.G, state.H, head, optimizer)
 
         # ---- inner step: train on sequences drawn by q, weighted by alpha / q
         eps = args.uniform_share if searching else 0.0
@@ -415,7 +415,7 @@ def main():
         if outer:
             _, learned, parts = step_sums.cpu().double()  # each (K,)
             present = learned > 0
-            A = parts * tokens_per_step / (weights * learned)  # a mean over learned tokens, the loss weight taken off
+            A = parts * tokens_per_step / (weights * learned)  # a mean over learned tokens, without the loss weight
             measured += torch.stack([torch.where(present, A, 0.0), present])
             A = per_drawn_token(A, alpha, density, present)  # the same, where no set has masks
             mixture_step(state.z, A, present, args.learning_rate_mixture)

@@ -190,8 +190,10 @@ def test_losses_and_alignments_are_means_over_learned_tokens(tmp_path):
     assert math.isclose(evaluate(model, head, qa, "val", 10**6, 3), total / n, rel_tol=1e-6)  # added up in float32
     x, y = map(torch.from_numpy, gather(sets, "val", np.array([0, 0, 1]), np.array([0.1, 0.6, 0.5])))
     _, G, n = by_hand(x, y)
-    G_val = target_gradient(model, head, x, y, torch.ones(3).double(), n)
+    G_val, H = target_gradient(model, head, x, y, torch.ones(3).double(), n)
     torch.testing.assert_close(G_val, G / n)
+    h = model(x).detach()[y != IGNORE]  # nothing of prompts, nor of what fills a row
+    torch.testing.assert_close(H, h.T @ h / n)
     source = np.array([0, 0, 0, 1])
     x, y = map(torch.from_numpy, gather(sets, "train", source, np.array([0.0, 0.3, 0.9, 0.2])))
     r = torch.tensor([2.0, 2.0, 2.0, 0.5]).double()

@@ -274,7 +274,8 @@ def test_target_gradient_equals_autograd():
     expected = torch.autograd.grad((r[:, None] * token_loss.view(B, T)).sum() / (B * T), head)[0]
     torch.testing.assert_close(G, expected)
     hidden = model(x).detach()  # (B, T, C)
-    torch.testing.assert_close(H, torch.einsum("btc,btd->cd", hidden, hidden) / (B * T))
+    weight = r[:, None] * (y != IGNORE)
+    torch.testing.assert_close(H, torch.einsum("bt,btc,btd->cd", weight, hidden, hidden) / (B * T))
     assert not G.requires_grad and all(p.grad is None for p in model.parameters())
 
 

@@ -100,8 +100,8 @@ def reference_search(folder, args):
             g = sum(torch.autograd.grad(mean_loss(net, x[[i]], y[[i]]), head)[0] * (y[i] != IGNORE).sum()
                     / (targets[k[i]].density("val") * args.block_size * len(k)) for i in range(len(k)))
             G = 0.9 * G + 0.1 * g
-            h = net(x).detach().flatten(0, 1)
-            H = 0.9 * H + 0.1 * h.T @ h / len(h)
+            hs = [net(x[[i]])[y[[i]] != IGNORE].detach() for i in range(len(k))]
+            H = 0.9 * H + 0.1 * sum(h.T @ h / (targets[k[i]].density("val") * y.numel()) for i, h in enumerate(hs))
             rows = torch.ones_like(head) if v is None else v.mean(1, keepdim=True)
             PG = G / (rows + 0.1 * rows.mean())
             PG = torch.linalg.solve(H + 0.1 * H.trace() / len(H) * torch.eye(len(H)), PG.T).T
