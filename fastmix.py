@@ -241,7 +241,7 @@ def inverse_curvature(G, H, head, optimizer):
 
 def mixture_step(z, A, present, rate):
     """
-    Formula (3) as a mirror descent step on the simplex, on the logits z (K,) in place: by the gradient over alpha, as the
+    Formula (3) as a step of mirror descent on the simplex, on logits z (K,) in place: by the gradient over alpha; the
     one over z has a factor alpha_k and would leave a source that lost its weight where it is. A (K,) alignments, in
     units of their rms, for a gradient's scale says nothing. present (K,): a source not in the batch keeps its logit.
     """
