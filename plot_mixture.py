@@ -192,7 +192,7 @@ def result_table(result, warn=False):
         moved = sum(abs(result["mixtures"]["last"][n] - mixture[n]) for n in mixture) / 2  # total variation
         if mixture[name] > 0.9:
             lines.append(f"warning: nearly all of the mixture is {name}; unless it is the target's kind, {mend}")
-        if moved > 0.2:  # as 2 of 132 in tests/bench_mixtures_earlier.jsonl did, at 10 and 50 times the default rate
+        if moved > 0.2:  # as searches at 10 and 50 times the default rate may
             lines.append(f"warning: {moved:.0%} of the last mixture is not in that average; {mend}")
     return "\n".join(lines)
 
