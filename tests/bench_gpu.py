@@ -107,7 +107,9 @@ def alignments(device):
         r = torch.ones(K * B).to(head)
         G, H = target_gradient(net, head, x_val, y_val, r[:B], B * T)
         ends = [B * T * (k + 1) for k in range(K)]
-        return batch_loss(net, head, x, y, r, K * B * T, inverse_curvature(G, H, head, optimizer), ends)[2].cpu().double()
+        with torch.autocast(head.device.type, enabled=False):  # as in main()
+            PG = inverse_curvature(G, H, head, optimizer)
+        return batch_loss(net, head, x, y, r, K * B * T, PG, ends)[2].cpu().double()
     want, net = path(net), copy.deepcopy(net).float().to(device)
     for name, autocast, tolerance in precisions(device, 1e-4, 0.05):
         with autocast:
