@@ -234,7 +234,7 @@ def inverse_curvature(G, H, head, optimizer):
     v = optimizer.state[head].get("exp_avg_sq")  # none before the first step
     rows = torch.ones_like(G[:, :1]) if v is None else v.mean(1, keepdim=True)  # (V, 1)
     damped = H + 0.1 * H.diagonal().mean() * torch.eye(len(H), dtype=H.dtype, device=H.device)
-    return G / (rows + 0.1 * rows.mean()) @ torch.linalg.inv(damped)
+    return G / (rows + 0.1 * rows.mean()) @ torch.linalg.inv_ex(damped)[0]  # inv() would wait for a GPU
 
 
 # ---- (3) the mixture ------------------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 Does the search find the best mixture, and at what price? FastMix against fixed mixtures, a RegMix-style search and the
 update rules of DoGE and DoReMi, by the target's test loss of models trained from scratch for the same number of steps.
 
-    python tests/bench_mixtures.py --quick                     one task, short runs: 5 minutes on 2 cores
+    python tests/bench_mixtures.py --quick                     one task, short runs: 3 minutes on 2 cores
     python tests/bench_mixtures.py                             four tasks, hours on 2 cores; stop and go on as you like
     python tests/bench_mixtures.py --gpt2_ranks FILE.tiktoken  two more tasks, with a BPE vocabulary
     python tests/bench_mixtures.py --stages transfer repetition sensitivity         the other questions
@@ -54,6 +54,7 @@ TASKS = {  # name: (title, sources, target)
 SEARCHES = {"FastMix": {}, "raw": {}, "adamw": {}, "no running mean": {},  # {name: flags}
             "authors": {"outer_every": 20, "uniform_share": 1, "target_batch_size": 8, "learning_rate_mixture": 0.01},
             "DoGE": {}, "DoReMi": {"learning_rate_mixture": 0.1}}
+WITH_CURVATURE = ("FastMix", "no running mean")  # of them
 ROWS = {  # of the table, and so what is run: {"search: mixture taken from it": title}
     "uniform": "uniform", "proportional": "proportional to tokens", "best single source": "best single source",
     "FastMix: last_half_average": "**FastMix, average of the last half**", "FastMix: last": "FastMix, last mixture",
@@ -365,6 +366,14 @@ def random_mixtures(task, args, sparse=False):
         np.random.default_rng(0).dirichlet(np.ones(K), n))
 
 
+def fixed_mixtures(task, args):
+    """{name: mixture} of those that no search is needed for."""
+    names = sources_of(task)
+    return ({"uniform": "uniform", "proportional": "proportional"}
+            | {f"only {name}": m for name, m in zip(names, np.eye(len(names)))}
+            | {f"random {i}": m for i, m in enumerate(random_mixtures(task, args))})
+
+
 def features(m):
     """(R, K) -> (R, 1 + K (K + 3) / 2): 1, m_i and m_i m_j."""
     pairs = [m[:, i] * m[:, j] for i in range(m.shape[1]) for j in range(i, m.shape[1])]
@@ -396,16 +405,12 @@ def compare(bench, args):
     """Stage by stage over all tasks, so that the pool is never short of jobs."""
     first = args.seeds[0]
     for task in args.tasks:
-        names = sources_of(task)
         for seed in seeds_of(args, task):
             for what in args.searches:
                 bench.add(task, f"search {what}", seed, flags=SEARCHES[what])
-            for m in ("uniform", "proportional"):
-                bench.add(task, m, seed, m)
-        for name, m in zip(names, np.eye(len(names))):
-            bench.add(task, f"only {name}", first, m)
-        for i, m in enumerate(random_mixtures(task, args)):
-            bench.add(task, f"random {i}", first, m)
+            for what, m in fixed_mixtures(task, args).items():
+                if seed == first or what in ("uniform", "proportional"):
+                    bench.add(task, what, seed, m)
     bench.run()
     for task in args.tasks:
         for what in ROWS:
@@ -451,17 +456,11 @@ def best_fixed(results, task, args, measured_on=None):
 
 def surface(bench, args):
     """Fixed mixtures on all seeds, for the response surface and for the best one known."""
-    for i in range(max(map(len, (seeds_of(args, task) for task in args.tasks)))):
-        for task in args.tasks:
-            for seed in seeds_of(args, task)[i: i + 1]:
-                for name, mixtures in (("random", random_mixtures(task, args)),
-                                       ("sparse", random_mixtures(task, args, sparse=True))):
-                    for j, m in enumerate(mixtures):
-                        bench.add(task, f"{name} {j}", seed, m)
-                for m in ("uniform", "proportional"):
-                    bench.add(task, m, seed, m)
-                for name, m in zip(sources_of(task), np.eye(len(sources_of(task)))):
-                    bench.add(task, f"only {name}", seed, m)
+    for task in args.tasks:
+        sparse = {f"sparse {i}": m for i, m in enumerate(random_mixtures(task, args, sparse=True))}
+        for seed in seeds_of(args, task):
+            for what, m in (fixed_mixtures(task, args) | sparse).items():
+                bench.add(task, what, seed, m)
     bench.run()
 
 
@@ -594,9 +593,9 @@ def flops(size, steps, search=None):
     """
     Of one run: 2 a weight and token forward and 4 backward (Kaplan et al., arXiv 2001.08361), attention 2 T C a token,
     layer and pass. A search (a key of SEARCHES) adds an outer step's: the target's forward pass and its gradient at the
-    head; and the second moment of its hidden states, its inverse, and their product with that gradient.
+    head; and, for the curvature, the second moment of its hidden states, the inverse and its product with that gradient.
     """
-    (L, _, C), V, T = SIZES[size], 4097 if size == "bpe" else 257, DEFAULTS["block_size"]
+    (L, _, C), V, T = SIZES[size], 4097 if size.startswith("bpe") else 257, DEFAULTS["block_size"]
     forward = 2 * (12 * L * C**2 + V * C) + 2 * L * T * C  # of a token
     tokens, extra = DEFAULTS["batch_size"] * T, 0.0
     if search == "DoReMi":
@@ -604,7 +603,8 @@ def flops(size, steps, search=None):
     elif search:
         every = SEARCHES[search].get("outer_every", DEFAULTS["outer_every"])
         target_tokens = SEARCHES[search].get("target_batch_size", DEFAULTS["target_batch_size"]) * T
-        extra = (target_tokens * (forward + 2 * V * C + 2 * C**2) + 2 * C**3 + 2 * V * C**2) / every
+        curvature = 2 * target_tokens * C**2 + 2 * C**3 + 2 * V * C**2 if search in WITH_CURVATURE else 0
+        extra = (target_tokens * (forward + 2 * V * C) + curvature) / every
     return steps * (3 * tokens * forward + extra)
 
 
@@ -629,10 +629,10 @@ def measured_seeds(args, task):
     return seeds_of(args, task)[1:] or args.seeds
 
 
-def regret(results, task, what, args):
+def regret(results, task, what, args, best):
     """
-    (S,) loss above the best fixed mixture known, in % of it, on each seed that ran; None if none did. On each seed it
-    is the mixture that is best on the other seeds.
+    (S,) loss above the best fixed mixture known, in % of it, on each seed that ran; None if none did. best {seed: (what,
+    mixture)}: on each seed the one that is best on the other seeds.
     """
     seeds = measured_seeds(args, task)
     if what == "best single source":  # on the first seed only
@@ -640,8 +640,8 @@ def regret(results, task, what, args):
         single = {f"only {n}": results.get((task, f"only {n}", *rest)) for n in sources_of(task)}
         what = min((w for w, r in single.items() if r), key=lambda w: single[w]["test_loss"], default=what)
     seeds = [s for s in seeds if losses(results, task, what, [s], args.steps) is not None]
-    best = [losses(results, task, best_fixed(results, task, args, s)[0], [s], args.steps)[0] for s in seeds]
-    return 100 * (losses(results, task, what, seeds, args.steps) / best - 1) if seeds else None
+    least = [losses(results, task, best[s][0], [s], args.steps)[0] for s in seeds]
+    return 100 * (losses(results, task, what, seeds, args.steps) / least - 1) if seeds else None
 
 
 def cell(values, n_seeds, predicted=None):
@@ -654,12 +654,12 @@ def cell(values, n_seeds, predicted=None):
             + (f", {predicted:+.2f}" if predicted is not None else ""))
 
 
-def predicted_regret(results, task, what, args, surface):
+def predicted_regret(results, task, what, args, best, surface):
     """What regret() gives, by the response surface; None where a row is no mixture, but a trajectory."""
     if surface is None or what == "best single source" or "trajectory" in what:
         return None
     runs = [(s, results.get((task, what, s, args.steps, size_of(task)))) for s in measured_seeds(args, task)]
-    values = [100 * (surface[0](r["mixture"]) / surface[0](best_fixed(results, task, args, s)[1]) - 1)
+    values = [100 * (surface[0](r["mixture"]) / surface[0](best[s][1]) - 1)
               for s, r in runs if r]
     return np.mean(values) if values else None
 
@@ -667,18 +667,19 @@ def predicted_regret(results, task, what, args, surface):
 def show(args):
     results = load(args.results)
     tasks = [t for t in args.tasks if losses(results, t, "uniform", seeds_of(args, t), args.steps) is not None]
+    bests = {t: {s: best_fixed(results, t, args, s) for s in seeds_of(args, t)} for t in tasks}
     for size in ("base", "bpe"):
         if any(size_of(t) == size for t in tasks):
-            show_tasks(results, [t for t in tasks if size_of(t) == size], args)
+            show_tasks(results, [t for t in tasks if size_of(t) == size], args, bests)
     if not tasks:
         return print(f"{args.results} has no runs of {args.steps} steps on all of these seeds and one of these tasks")
     show_transfer(results, tasks, args)
     show_repetition(results, args)
     show_sensitivity(results, tasks, args)
-    figure(results, tasks, args, Path(args.results).parent / "mixtures.png")
+    figure(results, tasks, args, bests, Path(args.results).parent / "mixtures.png")
 
 
-def show_tasks(results, tasks, args):
+def show_tasks(results, tasks, args, bests):
     seeds, measured = seeds_of(args, tasks[0]), measured_seeds(args, tasks[0])
     surfaces = {t: response_surface(results, t, args) for t in tasks}
     chosen = " (chosen on the other seeds)" if len(seeds) > 1 else ""
@@ -686,8 +687,8 @@ def show_tasks(results, tasks, args):
           f"best fixed mixture known{chosen}, mean over the seeds (lowest to highest), by the response surface\n")
     print("| | cost | " + " | ".join(TASKS[t][0] for t in tasks) + " |\n| --- | --- |" + " --- |" * len(tasks))
     for what, title in ROWS.items():
-        cells = [cell(regret(results, t, what, args), len(measured),
-                      predicted_regret(results, t, what, args, surfaces[t])) for t in tasks]
+        cells = [cell(regret(results, t, what, args, bests[t]), len(measured),
+                      predicted_regret(results, t, what, args, bests[t], surfaces[t])) for t in tasks]
         if any(cells):
             print(f"| {title} | {cost_of(what, tasks[0]):.2f} | " + " | ".join(cells) + " |")
     for task in tasks:
@@ -768,7 +769,7 @@ def show_sensitivity(results, tasks, args):
         print(f"| {title if not setting else f'`{title}`'} | " + " | ".join(f"{100 * c:+.2f}" for c in cells) + " |")
 
 
-def figure(results, tasks, args, path):
+def figure(results, tasks, args, bests, path):
     """Regret against the cost of the search, one panel a task."""
     lines = (([f"RegMix {n}" for n in REGMIX], "#009E73", "s", 0, "RegMix-style"),
              (["FastMix: last_half_average"], "#0072B2", "o", 0, "FastMix, last half"),
@@ -788,12 +789,12 @@ def figure(results, tasks, args, path):
         ax.remove()
     for ax, task in zip(axes.flat, tasks):
         for what, style in (("uniform", "--"), ("proportional", ":")):
-            r = regret(results, task, what, args)
+            r = regret(results, task, what, args, bests[task])
             if r is not None:
                 ax.axhline(r.mean(), color="#666666", linestyle=style, linewidth=1, label=what)
         ax.axhline(0, color="#222222", linewidth=1, label="best fixed mixture known")
         for whats, colour, marker, aside, label in lines:
-            found = [(w, regret(results, task, w, args)) for w in whats]
+            found = [(w, regret(results, task, w, args, bests[task])) for w in whats]
             found = np.array([(cost_of(w, task), r.mean(), r.mean() - r.min(), r.max() - r.mean())
                               for w, r in found if r is not None])
             if len(found):
@@ -821,8 +822,8 @@ def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--work", default="out-bench", type=Path, help="data, results and figures")
     p.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
-    p.add_argument("--gpt2_ranks", type=Path, help="gpt2's vocabulary, a .tiktoken file: task bpe takes its first "
-                                                   "4,096 ranks, and is left out without it")
+    p.add_argument("--gpt2_ranks", type=Path, help="gpt2's vocabulary, a .tiktoken file: tasks bpe and bpe_half take its "
+                                                   "first 4,096 ranks, and are left out without it")
     p.add_argument("--stages", nargs="+", choices=STAGES, default=["compare", "surface"])
     p.add_argument("--searches", nargs="+", choices=SEARCHES, default=list(SEARCHES))
     p.add_argument("--seeds", nargs="+", type=int, default=[11, 12, 13, 14, 15],

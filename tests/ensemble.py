@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from fastmix import draw
 from model import GPT, GPTConfig, learning_rate_at
 from prepare_data import TokenSet
 
@@ -17,17 +18,14 @@ from prepare_data import TokenSet
 def draws(runs, mixtures, args, step):
     """
     What fastmix.draw_batch() draws for each of M runs: the sources (M, B), ascending, and the fractions (M, B) of them
-    where windows begin. runs are (seed, ...), mixtures (M, K). Generators depend on seed and step alone.
+    where windows begin. runs are (seed, ...), mixtures (M, K). A seed's generator serves all of its runs.
     """
     drawn, n = {}, args.batch_size
     for seed in {seed for seed, *_ in runs}:
         rng = np.random.default_rng((seed, step, 0))
         drawn[seed] = rng.random(), rng.permutation(mixtures.shape[1]), rng.random(n)
-    offset, order, u = (np.stack(column) for column in zip(*(drawn[seed] for seed, *_ in runs)))
-    edges = np.cumsum(np.take_along_axis(mixtures, order, 1), 1)  # (M, K)
-    points = (np.arange(n) + offset[:, None]) / n  # (M, B)
-    place = (points[..., None] >= (edges / edges[:, -1:])[:, None]).sum(-1)  # as searchsorted on the right
-    return np.sort(np.take_along_axis(order, np.minimum(place, mixtures.shape[1] - 1), 1), 1), u
+    source = [draw(q, n, *drawn[seed][:2]) for q, (seed, *_) in zip(mixtures, runs)]
+    return np.stack(source), np.stack([drawn[seed][2] for seed, *_ in runs])
 
 
 def train_many(args, runs, device, test_tokens):
@@ -42,7 +40,7 @@ def train_many(args, runs, device, test_tokens):
     at = np.arange(args.max_steps) / args.max_steps
     mixtures = np.stack([[np.interp(at, s[:, 0], column) for column in s[:, 1:].T] for _, s in runs])  # (M, K, steps)
     sizes = np.array([len(s.tokens("train")) for s in sources])
-    first = np.cumsum(sizes) - sizes  # where each source begins in
+    first = np.cumsum(sizes) - sizes  # where each source begins among the tokens
     tokens = torch.from_numpy(np.concatenate([s.tokens("train") for s in sources]).astype(np.int32)).to(device)
 
     config = GPTConfig(sources[0].vocab_size, T, args.n_layer, args.n_head, args.n_embd)
@@ -70,13 +68,16 @@ def train_many(args, runs, device, test_tokens):
 
     for step in range(args.max_steps):
         source, u = draws(runs, mixtures[:, :, step], args, step)  # (M, B)
-        start = first[source] + (u * (sizes[source] - T)).astype(np.int64)
+        start = first[source]  # (M, B)
+        for k, s in enumerate(sources):
+            start[source == k] += s.at_fraction("train", u[source == k])
         windows = torch.from_numpy(start).to(device)[..., None] + torch.arange(T + 1, device=device)
         windows = tokens[windows].long()  # (M, B, T + 1)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate_at(step, args)
-        losses = F.cross_entropy(logits(windows[..., :-1], 0).flatten(0, 1), windows[..., 1:].flatten(), reduction="none")
-        (losses.sum() / (B * T)).backward()  # each run's gradients are those of its own mean
+        x, y = windows[..., :-1], windows[..., 1:]
+        loss = F.cross_entropy(logits(x, 0).flatten(0, 1), y.flatten(), reduction="sum") / (B * T)
+        loss.backward()  # each run's gradients are those of its own mean
         if args.grad_clip:
             norm = sum(p.grad.flatten(1).square().sum(1) for p in params.values()).sqrt()  # (M,)
             scale = (args.grad_clip / (norm + 1e-6)).clamp(max=1)
