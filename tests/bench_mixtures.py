@@ -132,7 +132,8 @@ def prepare(data, tokenizer):
     prose, python = read(data, "prose", "train"), read(data, "python", "train")
     derive(data, "prose_2", "prose", {"train": prose[: len(prose) // 50]})
     derive(data, "python_b", "python", {"train": python[len(python) // 4:]})  # three quarters of python again
-    derive(data, "bytes", "noise", {s: rng.integers(0, encoding.eot_token, len(read(data, "noise", s))) for s in splits})
+    derive(data, "bytes", "noise",
+           {s: rng.integers(0, encoding.eot_token, len(read(data, "noise", s))) for s in splits})
     texts = {s: [encoding.decode_bytes(read(data, name, s)[:500_000].tolist()).replace(b"<|endoftext|>", b" ")
                  for name in ("python", "cpp", "prose", "legal")] for s in splits}
     derive(data, "noise_4", "noise", {s: np.array(encoding.encode_ordinary(shuffled_words(
@@ -468,7 +469,7 @@ def surface(bench, args):
 # the other questions
 
 def transfer(bench, args):
-    """What was found by the small and short search, and by a search there, with a larger model trained twice as long."""
+    """What was found by the small and short search, and by one there, with a larger model trained twice as long."""
     runs = [(task, seed, {"steps": 2 * args.steps, "size": LARGER[size_of(task)]})
             for task in args.tasks for seed in args.seeds[:2]]
     for task, seed, where in runs:
@@ -593,7 +594,7 @@ def flops(size, steps, search=None):
     """
     Of one run: 2 a weight and token forward and 4 backward (Kaplan et al., arXiv 2001.08361), attention 2 T C a token,
     layer and pass. A search (a key of SEARCHES) adds an outer step's: the target's forward pass and its gradient at the
-    head; and, for the curvature, the second moment of its hidden states, the inverse and its product with that gradient.
+    head; and, for the curvature, the second moment of hidden states, its inverse and the product with that gradient.
     """
     (L, _, C), V, T = SIZES[size], 4097 if size.startswith("bpe") else 257, DEFAULTS["block_size"]
     forward = 2 * (12 * L * C**2 + V * C) + 2 * L * T * C  # of a token
@@ -631,8 +632,8 @@ def measured_seeds(args, task):
 
 def regret(results, task, what, args, best):
     """
-    (S,) loss above the best fixed mixture known, in % of it, on each seed that ran; None if none did. best {seed: (what,
-    mixture)}: on each seed the one that is best on the other seeds.
+    (S,) loss above the best fixed mixture known, in % of it, on each seed that ran; None if none did. best {seed:
+    (what, mixture)}: on each seed the one that is best on the other seeds.
     """
     seeds = measured_seeds(args, task)
     if what == "best single source":  # on the first seed only
@@ -745,7 +746,7 @@ def show_repetition(results, args):
     for name in REPETITION:
         gain = 100 * (losses(results, "scarce", name, REPETITION_SEEDS, steps) / uniform - 1)
         share = [results["scarce", name, s, steps, "base"]["mixture"][-1] for s in REPETITION_SEEDS]
-        print(f"| {name} | " + " | ".join(f"{g:+.2f}" for g in gain) + f" | {gain.mean():+.2f} | {np.mean(share):.3f} |")
+        print(f"| {name} | " + " | ".join(f"{g:+.2f}" for g in (*gain, gain.mean())) + f" | {np.mean(share):.3f} |")
 
 
 def show_sensitivity(results, tasks, args):
@@ -822,7 +823,7 @@ def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--work", default="out-bench", type=Path, help="data, results and figures")
     p.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
-    p.add_argument("--gpt2_ranks", type=Path, help="gpt2's vocabulary, a .tiktoken file: tasks bpe and bpe_half take its "
+    p.add_argument("--gpt2_ranks", type=Path, help="gpt2's vocabulary, a .tiktoken file: bpe and bpe_half take its "
                                                    "first 4,096 ranks, and are left out without it")
     p.add_argument("--stages", nargs="+", choices=STAGES, default=["compare", "surface"])
     p.add_argument("--searches", nargs="+", choices=SEARCHES, default=list(SEARCHES))
