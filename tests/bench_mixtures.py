@@ -130,7 +130,7 @@ def runs_at_once(work, jobs):
     key = jobs[0].key
     args = argparse.Namespace(**DEFAULTS | settings_of(work, key))
     names = sources_of(key.task)
-    sizes = [len(read(args.data_dir, name, "train")) for name in names]
+    sizes = torch.tensor([len(read(args.data_dir, name, "train")) for name in names])
     mixtures = []
     for job in jobs:
         mixture = job.mixture

@@ -95,12 +95,10 @@ def train_many(args, seeds, mixtures, device, test_tokens):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
+    targets = [sets[name] for name in target_names]
     test_losses = []
     for i in range(len(seeds)):
         net.load_state_dict({name: w[i] for name, w in weights.items()})
-        losses = []
-        for name in target_names:
-            losses.append(evaluate(net, net.lm_head.weight, sets[name], "test", test_tokens,
-                                   EVAL_BATCH))
-        test_losses.append(np.mean(losses))
+        losses = evaluate(net, net.lm_head.weight, targets, "test", test_tokens, EVAL_BATCH)
+        test_losses.append(np.mean(list(losses.values())))
     return np.array(test_losses)
