@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fastmix import draw_batch, evaluate, learning_rate_at
+from fastmix import draw, evaluate, learning_rate_at
 from model import GPT, GPTConfig
-from prepare_data import load_sets
+from prepare_data import gather, load_sets
 
 EVAL_BATCH = 256  # sequences; how they are grouped changes nothing but rounding
 
@@ -34,15 +34,19 @@ def initial_weights(config, seeds, device):
 
 
 def draw_batches(sources, mixtures, seeds, step, batch_size):
-    """The batches of M runs: inputs and targets, each (M, B, T)."""
-    x = []
-    y = []
+    """
+    The batches of M runs: inputs and targets, each (M, B, T). For each run this draws what
+    fastmix.draw_batch() does, but the windows of all runs are read at once.
+    """
+    drawn = []
+    fractions = []
     for q, seed in zip(mixtures, seeds):
         rng = np.random.default_rng((seed, step, 0))  # as in fastmix.py's inner step
-        _, x_run, y_run = draw_batch(sources, "train", q, batch_size, rng)
-        x.append(x_run)
-        y.append(y_run)
-    return torch.stack(x), torch.stack(y)
+        drawn.append(draw(q, batch_size, rng.random(), rng.permutation(len(q))))
+        fractions.append(rng.random(batch_size))
+    x, y = gather(sources, "train", np.concatenate(drawn), np.concatenate(fractions))
+    shape = (len(seeds), batch_size, -1)
+    return torch.from_numpy(x).view(shape), torch.from_numpy(y).view(shape)
 
 
 def clip_gradients(weights, largest):
