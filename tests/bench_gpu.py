@@ -5,7 +5,7 @@ Markdown, as in RESULTS.md.
     python tests/bench_gpu.py            one H100: 5 minutes; without a GPU a small form on the CPU
     python tests/bench_gpu.py --part checks
     python tests/bench_gpu.py --part speed --batch_size 16 --no-compile
-    python tests/bench_gpu.py --part paper       what an outer step adds, by arithmetic: runs nothing
+    python tests/bench_gpu.py --part paper      what an outer step adds, by arithmetic: runs nothing
 
 A check prints one line: ok or FAIL, its name, the errors it found and the largest that passes. The
 exit status is 1 if one failed. Time and memory: the variants of bench_speed.py take turns in this

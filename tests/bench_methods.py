@@ -24,9 +24,9 @@ TASKS = {  # name: (title, sources, target)
     # prose_2 is prose with 2% of its train split
     "scarce": ("scarce target", "python,cpp,math,legal,prose_2", "prose_2"),
     # three of seven sources are a near-duplicate, words without their order, and no text at all
-    "half": ("half of no use", "python,cpp,prose,legal,python_b,noise_4,bytes", "math"),
+    "half": ("half useless", "python,cpp,prose,legal,python_b,noise_4,bytes", "math"),
     "bpe": ("toward numpy, BPE", "python,cpp,prose,math,legal,noise", "numpy"),
-    "bpe_half": ("half of no use, BPE", "python,cpp,prose,legal,python_b,noise_4,bytes", "math"),
+    "bpe_half": ("half useless, BPE", "python,cpp,prose,legal,python_b,noise_4,bytes", "math"),
 }
 BYTES = {"bpe": "numpy", "bpe_half": "half"}  # the same task with a byte-level vocabulary
 

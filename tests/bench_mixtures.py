@@ -5,9 +5,9 @@ from scratch for the same number of steps at the mixture that each recommends.
 
     python tests/bench_mixtures.py --quick         one task, short runs: 3 minutes on 2 cores
     python tests/bench_mixtures.py                 four tasks: hours on 2 cores
-    python tests/bench_mixtures.py --gpt2_ranks FILE.tiktoken         two more, with a BPE vocabulary
+    python tests/bench_mixtures.py --gpt2_ranks FILE.tiktoken        two more, with a BPE vocabulary
     python tests/bench_mixtures.py --stages transfer repetition sensitivity     the other questions
-    python tests/bench_mixtures.py --table --results tests/bench_mixtures.jsonl          runs nothing
+    python tests/bench_mixtures.py --table --results tests/bench_mixtures.jsonl         runs nothing
 
 Every run is fastmix.py itself, in one thread, --jobs at a time. Its result is appended to
 WORK/results.jsonl at once, and a run whose result is there is never run again: a bench that was
@@ -150,7 +150,7 @@ def runs_at_once(work, jobs):
 # ---- many runs -----------------------------------------------------------------------------------
 
 class Runner:
-    """Collects jobs, runs those that are not in the file of results yet, and stores what came out."""
+    """Collects jobs, runs those whose result is not in the file yet, and stores what comes out."""
 
     def __init__(self, args):
         self.args = args

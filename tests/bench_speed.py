@@ -123,13 +123,13 @@ class Bench:
         return time.perf_counter()
 
     def stamp(self, step, last):
-        """The time at which a step begins. A GPU is waited for only where timing begins and ends."""
+        """When a step begins. A GPU is waited for only where timing begins and ends."""
         if step in (self.args.warmup, last):
             return self.now()
         return time.perf_counter()
 
     def seconds_per_step(self, stamps, every=1):
-        """From stamps of all steps, without the warm-up, in groups that hold one outer step each."""
+        """From the stamps after the warm-up, in groups that hold one outer step each."""
         taken = np.diff(stamps[self.args.warmup:]).reshape(-1, every).mean(1)
         if self.args.device == "cuda":  # only the sum is right, because the last step waits
             return float(np.mean(taken))

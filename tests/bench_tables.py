@@ -77,7 +77,7 @@ TUNING_SEEDS = (1, 2)  # they choose settings, and measure nothing else
 class Key(NamedTuple):
     """What a run is known by."""
     task: str
-    what: str  # the mixture: "uniform", "random 3", "FastMix: last"; or a search: "search FastMix"
+    what: str  # a mixture, "uniform", "random 3", "FastMix: last"; or a search, "search FastMix"
     seed: int
     steps: int
     size: str
@@ -88,7 +88,7 @@ class Run:
     test_loss: float
     seconds: float
     mixture: list = None  # the K shares it was trained at, None for a search
-    found: dict = None  # of a search: {"last": K shares, "last_half_average": .., "run_average": ..}
+    found: dict = None  # of a search: {"last": K shares, "last_half_average": .., ..}
 
 
 def line_of(key, runs):
@@ -207,7 +207,7 @@ def best_fixed(results, task, args, measured_on=None):
 
 
 def best_single_source(results, task, args):
-    """The name of the best run at one source alone, which only the first seed has for all sources."""
+    """The name of the best run at one source alone, by the first seed, which has all of them."""
     best = None
     least = np.inf
     for source in sources_of(task):
@@ -530,18 +530,20 @@ def named(setting):
 def show_sensitivity(results, tasks, args):
     """By the response surface, so that a setting costs a search and no training afterwards."""
     there = []
+    surfaces = {}
     for task in tasks:
-        if Key(task, named({}), TUNING_SEEDS[0], args.steps, size_of(task)) in results:
+        surface, _ = response_surface(results, task, args)
+        searched = Key(task, named({}), TUNING_SEEDS[0], args.steps, size_of(task)) in results
+        if searched and surface is not None:
             there.append(task)
+            surfaces[task] = surface
     if not there:
         return
     print(f"\nsearches of seeds {TUNING_SEEDS[0]} and {TUNING_SEEDS[1]}, average of the last half: "
           "% of the loss above the best fixed mixture known, by the response surface\n")
     print(header_of([TASKS[task][0] for task in there]))
-    surfaces = {}
     least = {}
     for task in there:
-        surfaces[task], _ = response_surface(results, task, args)
         least[task] = surfaces[task](best_fixed(results, task, args)[1])[0]
     for setting in SETTINGS:
         cells = []
@@ -564,11 +566,11 @@ def show_sensitivity(results, tasks, args):
 POINTS = [  # label, colour, marker, rank among those of about one cost, rows
     ("RegMix-style", "#009E73", "s", 0, [f"RegMix {n}" for n in REGMIX]),
     ("FastMix, last half", "#0072B2", "o", 0, ["FastMix: last_half_average"]),
-    ("FastMix, replayed", "#56B4E9", "D", 3, ["FastMix: trajectory"]),
+    ("FastMix, replayed", "#56B4E9", "D", 4, ["FastMix: trajectory"]),
     ("in AdamW's units", "#332288", "X", 1, ["adamw: last_half_average"]),
-    ("raw gradients", "#D55E00", "P", 2, ["raw: last_half_average"]),
+    ("raw gradients", "#D55E00", "P", 3, ["raw: last_half_average"]),
     ("the authors' setting", "#999933", "v", 0, ["authors: last"]),
-    ("DoGE's rule", "#E69F00", "^", 4, ["DoGE: run_average"]),
+    ("DoGE's rule", "#E69F00", "^", 5, ["DoGE: run_average"]),
     ("DoReMi's rule", "#CC79A7", "v", 0, ["DoReMi: run_average"]),
 ]
 

@@ -9,7 +9,9 @@ import pytest
 import torch
 
 import bench_gpu
+import bench_loss
 import bench_methods
+import bench_speed
 import bench_tables
 import fastmix
 from bench_tables import Key, Run
@@ -153,20 +155,47 @@ def test_costs():
 
 # ---- RESULTS.md ----------------------------------------------------------------------------------
 
-def test_table_of_the_stored_runs(tmp_path):
+@pytest.fixture(scope="module")
+def stored_tables(tmp_path_factory):
+    """What bench_mixtures.py prints of the lines in the repository."""
+    folder = tmp_path_factory.mktemp("stored")
+    shutil.copy(ROOT / "tests" / "bench_mixtures.jsonl", folder / "results.jsonl")
+    return run("tests/bench_mixtures.py", "--table", "--results", "results.jsonl", cwd=folder)
+
+
+def test_table_of_the_stored_runs(stored_tables):
     """What the README and RESULTS.md report comes from the lines in the repository."""
-    shutil.copy(ROOT / "tests" / "bench_mixtures.jsonl", tmp_path / "results.jsonl")
-    out = run("tests/bench_mixtures.py", "--table", "--results", "results.jsonl", cwd=tmp_path)
-    rows = table_rows(out)
+    rows = table_rows(stored_tables)
     assert len(rows) > 40
     assert not [row for row in rows if row not in RESULTS]
-    starts = {"FastMix": "| **FastMix, average of the last half** |", "uniform": "| uniform |",
-              "RegMix-style, 64 runs": "| RegMix-style, 64 runs |"}
-    for title, start in starts.items():
+    titles = {"uniform": "| uniform", "proportional to tokens": "| proportional to tokens",
+              "the authors' setting": "| the authors' setting",
+              "FastMix, default": "| **FastMix, average of the last half**",
+              "RegMix-style, 64 runs": "| RegMix-style, 64 runs"}
+    for in_readme, start in titles.items():
         row = next(row for row in rows if row.startswith(start))
-        means = [cell.split()[0].rstrip(",") for cell in row.split("|")[3:-1]]
-        cells = " \\| ".join(re.escape(mean) for mean in means)
-        assert re.search(rf"\| {title}[^|]*\| [^|]*\| {cells}", README), (title, means)
+        cost, *cells = [cell.strip() for cell in row.split("|")[2:-1]]
+        means = [re.escape(cell.split()[0].rstrip(",")) for cell in cells]
+        pattern = rf"\| {in_readme} \| ([^|]*) \| " + r" \| ".join(means)
+        match = re.search(pattern, README)
+        assert match, pattern
+        assert float(match[1]) == float(cost), in_readme
+
+
+def listed(numbers):
+    *first, last = numbers
+    return f"{', '.join(first)} and {last}"
+
+
+def test_numbers_of_mixtures(stored_tables):
+    """How many were tried in each task, and how many ran on all seeds."""
+    counts = re.findall(r"(\d+) mixtures, (\d+) of them on all seeds", stored_tables)
+    assert len(counts) == 6
+    words = " ".join(RESULTS.split())
+    for group, seeds in ((counts[:4], "five"), (counts[4:], "three")):
+        tried = listed([tried for tried, _ in group])
+        whole = listed([whole for _, whole in group])
+        assert re.search(rf"{tried} [a-z ]*were tried, of which {whole} ran on all {seeds}", words)
 
 
 def test_table_on_paper(tmp_path):
@@ -177,10 +206,14 @@ def test_table_on_paper(tmp_path):
     assert out.strip() in section
 
 
-def test_no_figure_of_the_results_is_left_out():
-    """Every table has rows, and no place-holder stands where one should be."""
+def test_results_have_the_rows_that_the_commands_print():
+    """Names of rows; and no place-holder stands where a table should be."""
+    names = [bench_speed.PLAIN, bench_loss.PLAIN]
+    for K in bench_speed.KS:
+        names += [bench_speed.fixed_name(K), bench_speed.search_name(K), bench_speed.sparse_name(K)]
+    for name in names:
+        assert f"| {name} |" in RESULTS, name
     assert not re.search(r"^[A-Z]+$", RESULTS, re.MULTILINE)
-    assert "TODO" not in RESULTS
 
 
 # ---- methods and runs ----------------------------------------------------------------------------
