@@ -99,8 +99,11 @@ def differ_in_seed_alone(results):
     """Whether R results of mixture.json come from the same search, repeated with other seeds."""
     kinds = []
     for result in results:
-        settings = result["settings"]
-        kinds.append({key: settings[key] for key in settings if key not in NO_MATTER})
+        kind = {key: value for key, value in result["settings"].items() if key not in NO_MATTER}
+        # by default, sources and targets are what is prepared, which may have changed meanwhile
+        kind["sources"] = list(result["mixture"])
+        kind["target"] = list(result["targets"])
+        kinds.append(kind)
     return all(kind == kinds[0] for kind in kinds)
 
 
@@ -192,7 +195,7 @@ def read_log(folder):
 
 
 def last_half(log):
-    """{source: share}: the average that a run recommends, from the rows that it has logged so far."""
+    """{source: share}: what a run recommends, or would if it ended now."""
     late = log["step"] >= log["step"][-1] / 2
     return {name: alpha[late].mean() for name, alpha in log["alpha"].items()}
 
@@ -288,7 +291,7 @@ def export(trainer, results):
 
 @contextlib.contextmanager
 def picture(path, height):
-    """`with picture(path, height) as fig:` gives a figure to draw on, and then saves it as a PNG."""
+    """`with picture(path, height) as fig:` gives a figure to draw on, then saves it as a PNG."""
     # Agg draws into memory and needs no display; MPLBACKEND may name a backend that is not here
     os.environ["MPLBACKEND"] = "agg"
     import matplotlib.figure  # here, not above: a table or an export does without it
@@ -369,7 +372,7 @@ def draw_mixture(ax, log, mixture, bounds, colour):
 
 
 def draw_losses(ax, log, colour):
-    """Val loss of the targets and train loss of the sources. Returns the lines, each with a label."""
+    """Val loss of the targets, train loss of the sources. Returns the lines, each with a label."""
     step = log["step"]
     targets = log["target_losses"]
     lines = []
@@ -445,8 +448,13 @@ def draw_comparison(folders, results, seeds):
     logs = {folder: read_log(folder) for folder in folders}
     mixtures = []
     for folder in folders:
-        mixtures.append(results[folder]["mixture"] if folder in results else last_half(logs[folder]))
-    names = list(dict.fromkeys(name for mixture in mixtures for name in mixture))
+        if folder in results:
+            mixtures.append(results[folder]["mixture"])
+        else:
+            mixtures.append(last_half(logs[folder]))
+    names = list(mixtures[0])  # then what only others have
+    for mixture in mixtures[1:]:
+        names += [name for name in mixture if name not in names]
     shares = np.zeros((len(folders), len(names)))  # (R, K)
     for i, mixture in enumerate(mixtures):
         shares[i] = [mixture.get(name, 0) for name in names]
