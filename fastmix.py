@@ -906,7 +906,10 @@ def main(argv=None):
     text = json.dumps(result, indent=1) + "\n"
     save_atomically(out / "mixture.json", lambda file: file.write(text.encode()))
     say(f"\n{result_table(result)}\nwrote {out}/mixture.json, log.jsonl and ckpt.pt")
-    say(f"drew {draw_run(out)}")
+    try:
+        say(f"drew {draw_run(out)}")
+    except ImportError:
+        say("no picture: matplotlib is not installed here")
 
 
 if __name__ == "__main__":
