@@ -1,5 +1,5 @@
 """
-Reads what fastmix.py wrote, tabulates it, draws it, and prints it as other trainers take it.
+Reads what fastmix.py wrote: prints its table, draws it, and exports the mixture to trainers.
 
     python plot_mixture.py out                 the table of a run, and out/mixture.png
     python plot_mixture.py out out-uniform     out/comparison.png: mixtures and target losses
@@ -33,6 +33,74 @@ NO_MATTER = ("seed", "out_dir", "resume", "device", "compile", "log_every")
 SMALLEST_SHARE = 1e-4
 
 
+# ---- the files of a run ------------------------------------------------------------------------
+
+def read_file(path, parse, mend):
+    """
+    parse(text of the file). Raises ValueError with a line that says what is wrong with the file,
+    and `mend`, what the user can do about it.
+    """
+    try:
+        return parse(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}; {mend}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        # no JSON, a key is missing, or something else stands where a number or a dict should
+        raise ValueError(f"{path}: not what this fastmix.py writes "
+                         f"({type(error).__name__}: {error}); {mend}") from error
+
+
+def parse_log(text):
+    """The columns of a log.jsonl, as read_log() returns them; {} if it has no row yet."""
+    # a run that is being watched, or was stopped, may have written half of its last row
+    rows = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    if not rows:
+        return {}
+    log = {}
+    for key in ("step", "target_val_loss"):
+        log[key] = np.array([row[key] for row in rows], dtype=float)  # None becomes NaN
+    for key in ("alpha", "alignment", "source_loss", "target_losses"):
+        log[key] = {}
+        for name in rows[0][key]:
+            log[key][name] = np.array([row[key][name] for row in rows], dtype=float)
+    return log
+
+
+def read_log(folder):
+    """
+    folder/log.jsonl by column: "step" and "target_val_loss" (n,) for n rows; "alpha",
+    "alignment" and "source_loss" {source: (n,)}; "target_losses" {target: (n,)}. What was not
+    measured is NaN. Raises ValueError.
+    """
+    path = Path(folder, "log.jsonl")
+    log = read_file(path, parse_log, f"a run of fastmix.py --out_dir {folder} writes it")
+    if not log:
+        raise ValueError(f"{path} is still empty; try again when the run has logged a line")
+    return log
+
+
+def last_half(log):
+    """{source: share}: the average that a run recommends, or would recommend if it ended now."""
+    late = log["step"] >= log["step"][-1] / 2
+    return {name: alpha[late].mean() for name, alpha in log["alpha"].items()}
+
+
+def parse_result(text):
+    """The dict of a mixture.json."""
+    result = json.loads(text)
+    # the table reads all that is used below, but for the seed; what is missing is noticed here
+    result_table(result, warn=True)
+    if "seed" not in result:
+        raise KeyError("seed")
+    return result
+
+
+def read_result(folder):
+    """The dict of folder/mixture.json; raises ValueError."""
+    return read_file(Path(folder, "mixture.json"), parse_result,
+                     "finish the run, or search again with this version")
+
+
 # ---- tables ------------------------------------------------------------------------------------
 
 def result_table(result, warn=False):
@@ -47,7 +115,7 @@ def result_table(result, warn=False):
     for name, source in result["sources"].items():
         line = (f"{name:{width}s} {source['tokens_available']:14,d} {source['start']:7.3f} "
                 f"{mixture[name]:7.3f} {source['epochs']:7.2f} {source['val_loss']:9.3f}")
-        if source["bound"]:
+        if source["bound"]:  # "cap" or "floor": what --bounds or --max_epochs allow
             line += f"  final at its {source['bound']}"
         lines.append(line)
     # a search may be shorter than the run that it is for, whose length then is --train_tokens
@@ -56,26 +124,27 @@ def result_table(result, warn=False):
     lines.append(f"epochs: how often each source is read when {tokens:,.0f} tokens are drawn by it")
     lines.append("val loss: loss per token (nats) on the source's own val split")
     for name, target in result["targets"].items():
-        line = (f"target {name}: {losses(target)}; "
+        line = (f"target {name}: {losses_in_words(target)}; "
                 f"val loss {result['before'][name]:.4f} before, {target['val_loss']:.4f} after")
         if len(result["targets"]) > 1:
             line += f"; weight {target['weight']:.3f}"
         lines.append(line)
     if len(result["targets"]) > 1:
-        lines.append(f"mean of the targets: {losses(result)}")
+        lines.append(f"mean of the targets: {losses_in_words(result)}")
     if warn:
-        lines += warnings(result)
+        lines += search_warnings(result)
     return "\n".join(lines)
 
 
-def losses(record):
+def losses_in_words(record):
     """The test loss of a target, or of their mean, in words."""
+    # of prompts with responses only the responses are learned, and only their tokens count
     token = "learned token" if record.get("learned_only") else "token"
     return (f"test loss {record['test_loss']:.4f} per {token}, "
             f"{record['test_bits_per_byte']:.4f} bits per byte")
 
 
-def warnings(result):
+def search_warnings(result):
     """Lines on a search that put all on one source, or whose mixture had not settled."""
     mixture = result["mixture"]
     if not result["searched"] or len(mixture) == 1:
@@ -138,155 +207,6 @@ def seed_table(results):
     return "\n".join(lines)
 
 
-# ---- the files of a run ------------------------------------------------------------------------
-
-def read_file(path, parse, mend):
-    """parse(text of a file); raises ValueError, with a line that says what is wrong with it."""
-    try:
-        return parse(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"{path}: {error.strerror}; {mend}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        # no JSON, a key is missing, or something else stands where a number or a dict should
-        raise ValueError(f"{path}: not what this fastmix.py writes "
-                         f"({type(error).__name__}: {error}); {mend}") from error
-
-
-def parse_result(text):
-    """The dict of a mixture.json."""
-    result = json.loads(text)
-    result_table(result, warn=True)  # raises here, and not later, where something is missing
-    return result
-
-
-def read_result(folder):
-    """The dict of folder/mixture.json; raises ValueError."""
-    return read_file(Path(folder, "mixture.json"), parse_result,
-                     "finish the run, or search again with this version")
-
-
-def parse_log(text):
-    """The columns of a log.jsonl, as read_log() returns them; {} if it has no row yet."""
-    # a run that is being watched, or was stopped, may have written half of its last row
-    rows = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
-    if not rows:
-        return {}
-    log = {}
-    for key in ("step", "target_val_loss"):
-        log[key] = np.array([row[key] for row in rows], dtype=float)  # None becomes NaN
-    for key in ("alpha", "alignment", "source_loss", "target_losses"):
-        log[key] = {}
-        for name in rows[0][key]:
-            log[key][name] = np.array([row[key][name] for row in rows], dtype=float)
-    return log
-
-
-def read_log(folder):
-    """
-    folder/log.jsonl by column: "step" and "target_val_loss" (P,) for P rows; "alpha", "alignment"
-    and "source_loss" {source: (P,)}; "target_losses" {target: (P,)}. What was not measured is NaN.
-    Raises ValueError.
-    """
-    path = Path(folder, "log.jsonl")
-    log = read_file(path, parse_log, f"a run of fastmix.py --out_dir {folder} writes it")
-    if not log:
-        raise ValueError(f"{path} is still empty; try again when the run has logged a line")
-    return log
-
-
-def last_half(log):
-    """{source: share}: what a run recommends, or would if it ended now."""
-    late = log["step"] >= log["step"][-1] / 2
-    return {name: alpha[late].mean() for name, alpha in log["alpha"].items()}
-
-
-# ---- export ------------------------------------------------------------------------------------
-# A trainer draws either samples of a fixed length, with probabilities that are shares of tokens,
-# or examples, as long as they happen to be. By shares of tokens, a source of long documents would
-# then be read too often; each share is divided by the source's tokens per document.
-
-def export_megatron(p, seed):
-    """Megatron-LM: an argument of its command line. Takes fixed-length samples."""
-    return "--data-path " + " ".join(f"{share} {name}_text_document" for name, share in p.items())
-
-
-def export_mosaic(p, seed):
-    """MosaicML's StreamingDataset: a part of its YAML file. Takes fixed-length samples."""
-    lines = ["streams:"]
-    for name, share in p.items():
-        lines += [f'  "{name}":', f'    local: "{name}"', f"    proportion: {share}"]
-    return "\n".join(lines)
-
-
-def export_llamafactory(p, seed):
-    """LLaMA-Factory: lines of its YAML file. Takes examples."""
-    return (f'dataset: "{",".join(p)}"\n'
-            "mix_strategy: interleave_over\n"
-            f'interleave_probs: "{",".join(p.values())}"')
-
-
-def export_hf(p, seed):
-    """Hugging Face datasets: a piece of Python. Takes examples."""
-    shares = ", ".join(f"{name!r}: {share}" for name, share in p.items())
-    return ("from datasets import interleave_datasets  # yours: {name: its Dataset}\n"
-            f"p = {{{shares}}}\n"
-            "mixed = interleave_datasets([yours[n] for n in p], probabilities=list(p.values()), "
-            f'seed={seed}, stopping_strategy="all_exhausted")')
-
-
-TRAINERS = {"hf": export_hf, "megatron": export_megatron, "mosaic": export_mosaic,
-            "llamafactory": export_llamafactory}
-DRAW_EXAMPLES = ("hf", "llamafactory")
-
-
-def decimals(p):
-    """{name: share} as decimal numbers, {name: text}, that sum to exactly 1 and are all above 0."""
-    digits = 8
-    while min(p.values()) * 10 ** digits < 100:  # three digits of the smallest, or more
-        digits += 1
-    whole = 10 ** digits
-    count = {name: round(share * whole) for name, share in p.items()}
-    largest = max(count, key=count.get)
-    count[largest] += whole - sum(count.values())  # what rounding left over
-    return {name: f"{n / whole:.{digits}f}" for name, n in count.items()}
-
-
-def export(trainer, results):
-    """
-    The lines that let a trainer draw by the mean mixture of results {folder: dict of mixture.json}.
-    Raises ValueError unless all have the same sources.
-    """
-    first = next(iter(results))
-    sources = results[first]["sources"]
-    for folder, result in results.items():
-        if result["sources"].keys() != sources.keys():
-            raise ValueError(f"--export takes runs of the same sources, not {', '.join(sources)} "
-                             f"({first}) and {', '.join(result['sources'])} ({folder})")
-
-    p = {}
-    left_out = []
-    for name, source in sources.items():
-        share = sum(result["mixture"][name] for result in results.values()) / len(results)
-        if share < SMALLEST_SHARE:
-            left_out.append(name)
-            continue
-        if trainer in DRAW_EXAMPLES:
-            if not source.get("tokens_per_document"):
-                raise ValueError(f"{first}/mixture.json: no tokens_per_document of {name}, which "
-                                 f"{trainer} needs; search again with this version")
-            share /= source["tokens_per_document"]
-        p[name] = share
-    total = sum(p.values())
-    p = {name: share / total for name, share in p.items()}
-
-    comment = "# shares of fixed-length samples = shares of tokens"
-    if trainer in DRAW_EXAMPLES:
-        comment = "# shares of examples = shares of tokens / tokens per document"
-    if left_out:
-        comment += f"; left out, under {SMALLEST_SHARE:.4f}: {', '.join(left_out)}"
-    return comment + "\n" + TRAINERS[trainer](decimals(p), results[first]["seed"])
-
-
 # ---- pictures ----------------------------------------------------------------------------------
 
 @contextlib.contextmanager
@@ -305,7 +225,8 @@ def picture(path, height):
 
 
 def short(name):
-    """A name as the picture shows it: 30 characters of a longer one, ? for what is no character."""
+    """A name as the picture shows it: a long one without its middle, of 30 characters."""
+    # a path may have bytes that are no text; they are shown as ?
     name = str(name).encode(errors="replace").decode()
     if len(name) > 30:
         name = f"{name[:15]}…{name[-14:]}"
@@ -313,19 +234,19 @@ def short(name):
 
 
 def moving_average(y, window):
-    """Averages (P,) of y (P,) over `window` values round each, fewer at both ends."""
+    """Averages (n,) of y (n,) over `window` values round each, fewer at both ends."""
     ones = np.ones(window)
     count = np.convolve(np.ones(len(y)), ones, "same")
     return np.convolve(y, ones, "same") / count
 
 
 def draw_curve(ax, x, y, window=1, **style):
-    """Draws y (P,) over x (P,) where it is known (not NaN). Returns the line."""
+    """Draws y (n,) over x (n,) where it is known (not NaN). Returns the line."""
     known = np.isfinite(y)
     x = x[known]
     y = y[known]
     if 1 < window <= len(y):
-        # noisy: a moving average, above a pale line of what it averages
+        # what is averaged stays visible, as a pale line
         ax.plot(x, y, color=style["color"], linewidth=0.8, alpha=0.3)
         y = moving_average(y, window)
     line, = ax.plot(x, y, **style)
@@ -333,19 +254,21 @@ def draw_curve(ax, x, y, window=1, **style):
 
 
 def fit_height(ax, lines, skip):
-    """Fits the y axis to lines without their first part (skip of 1), which would dwarf the rest."""
+    """Fits the y axis to lines but for their first part, the fraction `skip`, which is steep."""
     values = []
     for line in lines:
         y = line.get_ydata()
         values.extend(y[int(skip * len(y)):])
     if values:
         low, high = min(values), max(values)
+        # the last two terms are for a flat line, whose axis would have no height
         margin = 0.08 * (high - low) + 0.001 * max(abs(low), abs(high)) + 1e-9
         ax.set_ylim(low - margin, high + margin)
 
 
 def add_legend(ax, handles, labels, title=None):
     """A legend on the right of the axes; constrained layout makes room for it there."""
+    # smaller where it would take too much of the height or of the width
     long = len(labels) > 10 or max(map(len, labels)) > 22
     size = 8 if long else 10
     ax.legend(handles, labels, title=title, loc="center left", bbox_to_anchor=(1.01, 0.5),
@@ -395,12 +318,14 @@ def draw_losses(ax, log, colour):
 def draw_alignments(ax, log, colour):
     """How much a step on each source is predicted to lower the target loss."""
     lines = [ax.axhline(0, color=GREY, linewidth=0.8)]
+    window = len(log["step"]) // 12  # single alignments are noisy
     for name in colour:
-        lines.append(draw_curve(ax, log["step"], log["alignment"][name], len(log["step"]) // 12,
+        lines.append(draw_curve(ax, log["step"], log["alignment"][name], window,
                                 color=colour[name], linewidth=1.8))
     fit_height(ax, lines, skip=1 / 8)
-    # the mixture step divides alignments by their root mean square, so the unit does not matter
-    ax.set(title="Alignment: high sources gain share", ylabel="⟨P g_val, g_k⟩ (relative)")
+    # the mixture step divides alignments by their root mean square, so their unit does not matter
+    ax.set(title="Alignment: high sources gain share",
+           ylabel="⟨P g_val, g_k⟩ (only ratios count)")
 
 
 def draw_run(folder):
@@ -418,6 +343,7 @@ def draw_run(folder):
         mixture = result["mixture"]
         bounds = {name: source["bound"] for name, source in result["sources"].items()}
 
+    # every source has a colour of its own; of too many, the six largest have
     shown = list(mixture)
     if len(shown) > len(COLOURS):
         shown = sorted(mixture, key=mixture.get, reverse=True)[:len(COLOURS) - 1]
@@ -426,10 +352,11 @@ def draw_run(folder):
 
     path = Path(folder, "mixture.png")
     with picture(path, height=7.2) as fig:
+        # a fixed mixture has no alignments: its losses get both places below
         below = ["loss", "alignment"] if measured else ["loss", "loss"]
         x_axis = {"xlabel": "training step", "xlim": (log["step"][0], max(log["step"][-1], 1))}
         axes = fig.subplot_mosaic([["mixture", "mixture"], below], subplot_kw=x_axis)
-        axes["mixture"].set_title(f"{short(folder)}: mixture over training")
+        axes["mixture"].set_title(f"{short(folder)}: each source's share of the mixture")
         draw_mixture(axes["mixture"], log, mixture, bounds, colour)
         lines = draw_losses(axes["loss"], log, colour)
         if measured:
@@ -439,11 +366,59 @@ def draw_run(folder):
     return path
 
 
-def draw_comparison(folders, results, seeds):
+def run_style(i):
+    """(colour, dash of the line, hatch of the bars) of the i-th run, which differ for 21 runs."""
+    colour = COLOURS[i % len(COLOURS)]
+    again = i // len(COLOURS) % 3  # how often all colours have been used
+    dash = ["-", "--", ":"][again]
+    hatch = ["", "////", "xxxx"][again]
+    return colour, dash, hatch
+
+
+def draw_bars(ax, names, shares, same_search):
+    """
+    The shares (R, K) of K named sources in R runs: a bar for each run, or, if the runs are the
+    same search with other seeds, a bar for the mean with the range.
+    """
+    place = np.arange(len(names))
+    if same_search:
+        mean = shares.mean(0)
+        reach = [mean - shares.min(0), shares.max(0) - mean]  # of the whiskers, (2, K)
+        ax.barh(place, mean, 0.7, xerr=reach, color=GREY, capsize=3)
+        ax.set_title("Mixture: mean and range of the seeds")
+    else:
+        thickness = 0.8 / len(shares)  # the bars of a source side by side, and a gap to the next
+        for i, share in enumerate(shares):
+            colour, _, hatch = run_style(i)
+            ax.barh(place - 0.4 + (i + 0.5) * thickness, share, thickness, color=colour,
+                    hatch=hatch, edgecolor="white", linewidth=0)  # the edge colours the hatch
+        ax.set_title("Mixture of each run")
+    ax.set(xlabel="share of the tokens drawn", yticks=place,
+           yticklabels=[short(name) for name in names],
+           ylim=(len(names) - 0.5, -0.5))  # the first source on top
+
+
+def draw_target_losses(ax, logs):
+    """The target val loss of runs, logs {folder: log}, over training."""
+    lines = []
+    labels = []
+    for i, (folder, log) in enumerate(logs.items()):
+        colour, dash, _ = run_style(i)
+        line = draw_curve(ax, log["step"], log["target_val_loss"], color=colour, linestyle=dash,
+                          linewidth=1.8)
+        lines.append(line)
+        labels.append(f"{short(folder)}  {line.get_ydata()[-1]:.3f}")
+    # runs differ little, and what they lost in the first third would hide it
+    fit_height(ax, lines, skip=1 / 3)
+    ax.set(title="Target val loss", xlabel="training step", ylabel="loss per token (nats)")
+    add_legend(ax, lines, labels, "run, last value")
+
+
+def draw_comparison(folders, results, same_search):
     """
     The mixtures of R runs as bars, and their target losses over training. results {folder: dict of
-    mixture.json} of those that have ended; seeds: whether the runs differ in the seed alone, so
-    that bars show mean and range. Returns the path of the picture. Raises ValueError.
+    mixture.json} of those that have ended; same_search: whether they differ in the seed alone.
+    Returns the path of the picture, comparison.png in the first folder. Raises ValueError.
     """
     logs = {folder: read_log(folder) for folder in folders}
     mixtures = []
@@ -452,7 +427,7 @@ def draw_comparison(folders, results, seeds):
             mixtures.append(results[folder]["mixture"])
         else:
             mixtures.append(last_half(logs[folder]))
-    names = list(mixtures[0])  # then what only others have
+    names = list(mixtures[0])  # and then those that only other runs have
     for mixture in mixtures[1:]:
         names += [name for name in mixture if name not in names]
     shares = np.zeros((len(folders), len(names)))  # (R, K)
@@ -460,34 +435,106 @@ def draw_comparison(folders, results, seeds):
         shares[i] = [mixture.get(name, 0) for name in names]
 
     path = Path(folders[0], "comparison.png")
+    # a line of text is 0.2 inches high, that of a source and that of a run
     with picture(path, height=max(4.6, 0.2 * len(names), 0.2 * len(folders))) as fig:
-        bars, curves = fig.subplots(1, 2)
-        place = np.arange(len(names))
-        thickness = 0.8 / len(folders)
-        lines = []
-        labels = []
-        for i, (folder, log) in enumerate(logs.items()):
-            colour = COLOURS[i % len(COLOURS)]
-            again = i // len(COLOURS) % 3  # how often all colours have been used
-            line = draw_curve(curves, log["step"], log["target_val_loss"], color=colour,
-                              linewidth=1.8, linestyle=["-", "--", ":"][again])
-            lines.append(line)
-            labels.append(f"{short(folder)}  {line.get_ydata()[-1]:.3f}")
-            if not seeds:
-                bars.barh(place + (i + 0.5) * thickness - 0.4, shares[i], thickness, color=colour,
-                          edgecolor="white", linewidth=0, hatch=["", "////", "xxxx"][again])
-        if seeds:
-            mean = shares.mean(0)
-            reach = [mean - shares.min(0), shares.max(0) - mean]  # of the whiskers, (2, K)
-            bars.barh(place, mean, 0.7, xerr=reach, color=GREY, capsize=3)
-        bars.set(title="Mixture: mean and range of the seeds" if seeds else "Mixture of each run",
-                 xlabel="share of the tokens drawn", yticks=place,
-                 yticklabels=[short(name) for name in names], ylim=(len(names) - 0.5, -0.5))
-        curves.set(title="Target val loss", xlabel="training step", ylabel="loss per token (nats)")
-        fit_height(curves, lines, skip=1 / 3)
-        add_legend(curves, lines, labels, "run, last value")
+        left, right = fig.subplots(1, 2)
+        draw_bars(left, names, shares, same_search)
+        draw_target_losses(right, logs)
     return path
 
+
+# ---- export ------------------------------------------------------------------------------------
+# Some trainers draw samples of a fixed length; their probabilities are the shares of tokens. Others
+# draw whole examples. A source of long examples would then give more tokens than its share, so the
+# probability of each source is proportional to its share divided by its tokens per document.
+# In each function, p is {source: probability as a text}, and what returns is one text.
+
+def export_megatron(p, seed):
+    """Megatron-LM: an argument of its command line. Takes fixed-length samples."""
+    return "--data-path " + " ".join(f"{share} {name}_text_document" for name, share in p.items())
+
+
+def export_mosaic(p, seed):
+    """MosaicML's StreamingDataset: a part of its YAML file. Takes fixed-length samples."""
+    lines = ["streams:"]
+    for name, share in p.items():
+        lines += [f'  "{name}":', f'    local: "{name}"', f"    proportion: {share}"]
+    return "\n".join(lines)
+
+
+def export_llamafactory(p, seed):
+    """LLaMA-Factory: lines of its YAML file. Takes examples."""
+    return (f'dataset: "{",".join(p)}"\n'
+            "mix_strategy: interleave_over\n"
+            f'interleave_probs: "{",".join(p.values())}"')
+
+
+def export_hf(p, seed):
+    """Hugging Face datasets: a piece of Python. Takes examples."""
+    shares = ", ".join(f"{name!r}: {share}" for name, share in p.items())
+    return ("from datasets import interleave_datasets  # yours: {name: its Dataset}\n"
+            f"p = {{{shares}}}\n"
+            "mixed = interleave_datasets([yours[n] for n in p], probabilities=list(p.values()), "
+            f'seed={seed}, stopping_strategy="all_exhausted")')
+
+
+TRAINERS = {"hf": export_hf, "megatron": export_megatron, "mosaic": export_mosaic,
+            "llamafactory": export_llamafactory}
+DRAW_EXAMPLES = ("hf", "llamafactory")  # the others draw fixed-length samples
+
+
+def decimals(p):
+    """{name: share} as decimal numbers, {name: text}, that sum to exactly 1 and are all above 0."""
+    digits = 8
+    # documents of millions of tokens may have a very small probability: at least three digits of it
+    while min(p.values()) * 10 ** digits < 100:
+        digits += 1
+    # count in units of the last digit: integers, unlike floats, can be made to sum exactly
+    whole = 10 ** digits
+    count = {name: round(share * whole) for name, share in p.items()}
+    largest = max(count, key=count.get)
+    count[largest] += whole - sum(count.values())  # what rounding left over
+    return {name: f"{n / whole:.{digits}f}" for name, n in count.items()}
+
+
+def export(trainer, results):
+    """
+    The lines that let a trainer draw by the mean mixture of results {folder: dict of mixture.json}.
+    Raises ValueError unless all have the same sources.
+    """
+    first = next(iter(results))
+    sources = results[first]["sources"]
+    for folder, result in results.items():
+        if result["sources"].keys() != sources.keys():
+            raise ValueError(f"--export takes runs of the same sources, not {', '.join(sources)} "
+                             f"({first}) and {', '.join(result['sources'])} ({folder})")
+
+    p = {}
+    left_out = []
+    for name, source in sources.items():
+        share = sum(result["mixture"][name] for result in results.values()) / len(results)
+        if share < SMALLEST_SHARE:
+            left_out.append(name)
+            continue
+        if trainer in DRAW_EXAMPLES:
+            if not source.get("tokens_per_document"):
+                raise ValueError(f"{first}/mixture.json: no tokens_per_document of {name}, which "
+                                 f"{trainer} needs; search again with this version")
+            share /= source["tokens_per_document"]
+        p[name] = share
+    total = sum(p.values())
+    p = {name: share / total for name, share in p.items()}
+
+    comment = "# shares of fixed-length samples = shares of tokens"
+    if trainer in DRAW_EXAMPLES:
+        comment = "# shares of examples = shares of tokens / tokens per document"
+    if left_out:
+        comment += f"; left out, under {SMALLEST_SHARE:.4f}: {', '.join(left_out)}"
+    to_text = TRAINERS[trainer]
+    return comment + "\n" + to_text(decimals(p), results[first]["seed"])
+
+
+# ---- the program -------------------------------------------------------------------------------
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__,
@@ -507,14 +554,14 @@ def main(argv=None):
             say(export(args.export, results))
         elif len(folders) == 1:
             path = draw_run(folders[0])
-            for result in results.values():
-                say(result_table(result, warn=True))
+            if folders[0] in results:
+                say(result_table(results[folders[0]], warn=True))
             say(f"wrote {path}")
         else:
             ended = list(results.values())
-            seeds = len(ended) == len(folders) and differ_in_seed_alone(ended)
-            path = draw_comparison(folders, results, seeds)
-            if seeds:
+            same_search = len(ended) == len(folders) and differ_in_seed_alone(ended)
+            path = draw_comparison(folders, results, same_search)
+            if same_search:
                 say(seed_table(ended))
             say(f"wrote {path}")
     except ValueError as error:

@@ -670,7 +670,8 @@ def test_results_that_are_none(tmp_path, monkeypatch, capsys, text):
         assert "out/mixture.json: not what this fastmix.py writes" in line
 
 
-KEYS = ["mixture", "mixtures", "sources", "targets", "before", "tokens", "settings", "searched"]
+KEYS = ["mixture", "mixtures", "sources", "targets", "before", "tokens", "settings", "searched",
+        "seed"]
 
 
 @pytest.mark.parametrize("key", KEYS)
