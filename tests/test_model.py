@@ -10,7 +10,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from model import (GPT, GPTConfig, load_checkpoint, restore, rotate, rotation, save_checkpoint)
+import fastmix
+from model import GPT, GPTConfig, load_checkpoint, restore, rotate, rotation, save_checkpoint
 
 CONFIG = GPTConfig(vocab_size=11, block_size=8, n_layer=2, n_head=2, n_embd=8)
 
@@ -239,6 +240,21 @@ def test_a_file_that_is_no_checkpoint_gets_one_line(tmp_path, capsys, content):
     line = one_line(capsys, load_checkpoint, path, "do this or that")
     assert str(path) in line
     assert line.endswith("; do this or that\n")
+
+
+@pytest.mark.parametrize("flags", [["--resume", "--out_dir", "there"],
+                                   ["--init_from", "there/ckpt.pt", "--out_dir", "new"]])
+def test_a_truncated_checkpoint_on_the_command_line(tmp_path, capsys, monkeypatch, flags):
+    """Nothing is trained then, or written, or lost."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there").mkdir()
+    path = tmp_path / "there" / "ckpt.pt"
+    written(path)
+    half = path.read_bytes()[: path.stat().st_size // 2]
+    path.write_bytes(half)
+    assert "there/ckpt.pt cannot be read" in one_line(capsys, fastmix.main, flags)
+    assert path.read_bytes() == half
+    assert sorted(file.name for file in tmp_path.rglob("*")) == ["ckpt.pt", "there"]
 
 
 @pytest.mark.parametrize("key", ["model", "optimizer", "state", "args", "config", "tokenizer",
