@@ -1,450 +1,930 @@
 """
 FastMix: find how much of each data source to train on, in one training run.
 
-K sources, a mixture alpha of them, a small proxy model w and a target (validation) set. Two nested problems:
+K sources, a mixture alpha of them (shares that sum to 1), a small proxy model w and a target, which
+is a validation set to do well on. Two nested problems:
 
     outer:  min over alpha of  L_val(w*(alpha))
     inner:  w*(alpha) = argmin over w of  sum_k alpha_k L_k(w)
 
-Both are descended at once. The inner step is ordinary training; the outer step moves alpha = softmax(z) by the gradient
-of the target loss one step ahead, w' = w - eta P sum_k alpha_k g_k. P is an inverse curvature, not AdamW's 1 / sqrt(v),
-so that the step points to where training will end: A_k approximates, at the LM head, the implicit derivative of w*:
+Both are descended at once. Inner steps train w on the mixture of the moment. Outer steps move
+alpha = softmax(z) along the outer gradient. To know it, one has to know how w* moves with alpha. At
+the inner optimum, with g_k the gradient of L_k and C the curvature of the training loss, the
+implicit function theorem says dw*/dalpha_k = -C^-1 g_k. The chain rule gives the rest:
 
-    (1) weights    draw sources from q = (1 - eps) alpha + eps / K and weight source k's loss by alpha_k / q_k;
-                   the expected gradient is sum_k alpha_k g_k for every eps    -> draw(), loss_weights()
-    (2) alignment  A_k = <P g_val, g_k>    -> target_gradient(), inverse_curvature(); the pass that trains
-                   forms g_k at the head anyway, in chunks of one source at a time    -> FusedWeightedCrossEntropy
-    (3) mixture    dL_val(w') / dz_k = -eta alpha_k (A_k - sum_j alpha_j A_j), stepped as mirror
-                   descent, A in units of its rms: z_k += rate (A_k - mean) / rms    -> mixture_step()
+    (1) weights    draw sources from q = (1 - eps) alpha + eps / K, weight their loss by
+                   r_k = alpha_k / q_k: the expected gradient is sum_k alpha_k g_k for every eps
+                   -> draw(), source_weights(), batch_loss()
+    (2) alignment  A_k = <P g_val, g_k> with P = C^-1, so that -A_k is dL_val(w*) / dalpha_k
+                   -> target_gradient(), inverse_curvature(), FusedWeightedCrossEntropy
+    (3) mixture    dL_val / dz_k = -alpha_k (A_k - sum_j alpha_j A_j), the chain rule through the
+                   softmax, stepped as mirror descent: z_k += rate (A_k - mean) / rms
+                   -> mixture_step()
 
-    python prepare_data.py && python fastmix.py                  search on the sample set, minutes on a 2-core CPU
-    python fastmix.py --mixture out/mixture.json --out_dir out-found       train at the mixture that was found
+All of (2) looks at the LM head only and holds the rest of the model fixed. The pass that trains
+forms the sources' gradients at the head anyway, so that an outer step costs little more than one
+forward pass of a few target sequences.
 
-Paper: "FastMix: Fast Data Mixture Optimization via Gradient Descent", Tan et al., ICLR 2026, arXiv 2606.14971.
-This implementation's own: P (theirs is 1), a running mean of g_val, the rms, eps < 1 (theirs is 1), masks and bounds.
+    python fastmix.py                             search on the sample, minutes on a 2-core CPU
+    python fastmix.py --mixture out/mixture.json --out_dir out-found    train at what was found
+
+Paper: "FastMix: Fast Data Mixture Optimization via Gradient Descent", Tan et al., ICLR 2026, arXiv
+2606.14971. The paper's are the two problems, the loss weights (eps = 1) and (3) with P = 1, which
+looks one training step ahead. This repository's are eps < 1, the curvature P, the running mean of
+the target's gradient, the division by the rms, masks and bounds.
 """
 import argparse
+import atexit
+import contextlib
+import json
 import math
+import os
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
-from model import (GPT, GPTConfig, add_up, asked_to_stop, learning_rate_at, load_sets, open_run, plan, ranks, restore,
-                   save_checkpoint, start_machine)
-from plot_mixture import append_row, mixture_at, open_log, progress, read_mixture, result_table, save_result
-from prepare_data import IGNORE, fail, gather, say
+from model import GPT, GPTConfig, load_checkpoint, restore, save_checkpoint
+from plot_mixture import draw_run, result_table
+from prepare_data import (IGNORE, SAMPLE_TARGETS, fail, gather, load_sets, prepare_sample,
+                          sample_sources, save_atomically, say)
 
+DECAY = 0.9  # what an outer step keeps of the running means G and S
+DAMPING = 0.1  # of the curvature, in means of its diagonal
 TEST_TOKENS = 2**18  # at most so many tokens of each test split are evaluated at the end
-DECAY = 0.9  # what an outer step keeps of the running means G and H
+# a run may be resumed with these changed; with anything else changed it would be another run
+MAY_CHANGE = ("resume", "out_dir", "data_dir", "device", "compile", "log_every", "eval_tokens")
+MAY_BE_ZERO = ("seed", "warmup_steps")  # of the flags that count something
 
 
-# ---- config ---------------------------------------------------------------------------------------------------------
+# ---- flags -------------------------------------------------------------------------------------
 
-def parse_args(defaults):
-    """Flags -> namespace; `defaults`, such as the settings in a checkpoint, replace the built-in ones."""
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                usage="python fastmix.py [options]   (--help for all)")
+def parse_args(argv=None, defaults={}):
+    """Flags -> namespace. `defaults`, such as a checkpoint's flags, replace the built-in ones."""
+    p = argparse.ArgumentParser(description=__doc__, usage="python fastmix.py [options]",
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
     g = p.add_argument_group("data and output").add_argument
-    g("--sources", help="comma-separated names of prepared sources (default: the sample's)")
-    g("--target", help="set or sets to do well on, such as a,b or a=2,b=1 (default: the sources' own, or the sample's)")
-    g("--data_dir", default="data", help="where prepare_data.py wrote (%(default)s)")
-    g("--out_dir", default="out", help="gets log.jsonl, ckpt.pt and mixture.json (%(default)s)")
-    g("--init_from", help="start from the weights in this checkpoint; the model's flags default to what it has")
-    g("--resume", action="store_true", help="go on from out_dir/ckpt.pt, with the settings stored there")
+    g("--sources", help="comma-separated names of prepared sets (default: the sample's)")
+    g("--target", help="sets to do well on: a,b or a=2,b=1 (default: the sample's, or --sources)")
+    g("--data_dir", default="data", help="where prepare_data.py wrote (data)")
+    g("--out_dir", default="out", help="gets mixture.json, mixture.png, log.jsonl, ckpt.pt (out)")
+    g("--init_from", help="start from the weights in this checkpoint")
+    g("--resume", action="store_true", help="resume from out_dir/ckpt.pt, with its settings")
     g = p.add_argument_group("mixture (the outer problem)").add_argument
-    g("--mixture", help="train at this mixture instead of searching: mixture.json, log.jsonl (replays its trajectory), "
-                        "uniform, proportional (to tokens) or a=0.8,b=0.2")
-    g("--uniform_share", type=float, default=0.25, help="eps, the uniform share of a search's draws (%(default)s)")
-    g("--outer_every", type=int, default=1, help="optimizer steps between two outer steps (%(default)s)")
-    g("--learning_rate_mixture", type=float, default=0.02, help="step on z at one rms above the mean (%(default)s)")
-    g("--target_batch_size", type=int, default=2, help="target sequences an outer step (%(default)s)")
-    g("--train_tokens", type=float, help="of the later, real run: caps shares, sets repetition as it will be")
-    g("--max_epochs", type=float, default=4.0, help="most epochs of a source in --train_tokens (%(default)s)")
-    g("--bounds", help="least and largest shares of a search by name, such as web=0.1:0.5,code=:0.3")
+    g("--mixture", help="train at this one, without a search: a mixture.json, uniform, "
+                        "proportional (to tokens) or a=0.8,b=0.2")
+    g("--uniform_share", type=float, default=0.25, help="eps, of a search's draws (0.25)")
+    g("--outer_every", type=int, default=1, help="steps from one outer step to the next (1)")
+    g("--learning_rate_mixture", type=float, default=0.02, help="step on z, per rms (0.02)")
+    g("--target_batch_size", type=int, default=2, help="target sequences per outer step (2)")
+    g("--train_tokens", type=float, help="tokens of the real run, whose repetition is imitated")
+    g("--max_epochs", type=float, help="most epochs of a source in --train_tokens (no limit)")
+    g("--bounds", help="least and largest shares by name, such as web=0.1:0.5,code=:0.3")
     g = p.add_argument_group("model").add_argument
-    g("--n_layer", type=int, default=2, help="blocks (%(default)s)")
-    g("--n_head", type=int, default=4, help="attention heads (%(default)s)")
-    g("--n_embd", type=int, default=128, help="channels (%(default)s)")
-    g("--block_size", type=int, default=64, help="context, in tokens (%(default)s)")
+    g("--n_layer", type=int, default=2, help="blocks (2)")
+    g("--n_head", type=int, default=4, help="attention heads (4)")
+    g("--n_embd", type=int, default=128, help="channels (128)")
+    g("--block_size", type=int, default=64, help="context, in tokens (64)")
     g = p.add_argument_group("training (the inner problem)").add_argument
-    g("--batch_size", type=int, default=16, help="sequences a micro-batch, over all devices (%(default)s)")
-    g("--grad_accum", type=int, default=1, help="micro-batches an optimizer step (%(default)s)")
-    g("--max_steps", type=int, default=2400, help="optimizer steps (%(default)s)")
-    g("--learning_rate", type=float, default=4e-3, help="AdamW's peak; a cosine takes it to a tenth (%(default)s)")
-    g("--warmup_steps", type=int, default=50, help="optimizer steps of linear warm-up (%(default)s)")
-    g("--weight_decay", type=float, default=0.1, help="on matrices and embeddings (%(default)s)")
-    g("--grad_clip", type=float, default=1.0, help="largest norm of the gradient; 0 for none (%(default)s)")
+    g("--batch_size", type=int, default=16, help="sequences per micro-batch, all devices (16)")
+    g("--grad_accum", type=int, default=1, help="micro-batches per optimizer step (1)")
+    g("--max_steps", type=int, default=2400, help="optimizer steps (2400)")
+    g("--learning_rate", type=float, default=4e-3, help="peak; a cosine ends at a tenth (0.004)")
+    g("--warmup_steps", type=int, default=50, help="steps of linear warm-up (50)")
+    g("--weight_decay", type=float, default=0.1, help="of matrices and embeddings (0.1)")
+    g("--grad_clip", type=float, default=1.0, help="largest norm of the gradient, 0: none (1)")
     g = p.add_argument_group("machine and reports").add_argument
-    g("--seed", type=int, default=1337, help="of initialisation, training batches and target batches (%(default)s)")
-    g("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to run (%(default)s)")
-    g("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: bfloat16 on a GPU that has it")
+    g("--seed", type=int, default=1337, help="of initialisation and draws (1337)")
+    g("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
+    g("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
+      help="auto is bfloat16 on a GPU that has it, float32 elsewhere")
     g("--compile", action="store_true", help="torch.compile the model")
-    g("--log_every", type=int, default=50, help="steps between reports: line, evaluation, checkpoint (%(default)s)")
-    g("--eval_tokens", type=int, default=8192, help="tokens of each val split in an evaluation (%(default)s)")
+    g("--log_every", type=int, default=50, help="steps between reports and checkpoints (50)")
+    g("--eval_tokens", type=int, default=8192, help="of each val split per evaluation (8192)")
     p.set_defaults(**defaults)
-    args = p.parse_args()
-    most = 2**63 - 1
-    limits = {"seed": (0, most), "warmup_steps": (0, most), "uniform_share": (0, 1), "train_tokens": (1, most)}
+    args = p.parse_args(argv)
     for name, value in vars(args).items():
         if type(value) in (int, float):
-            low, high = limits.get(name, (1, most) if type(value) is int else (0, 1e300))
-            if not low <= value <= high:
-                fail(f"--{name} {value} is not a number between {low} and {high:g}")
+            least = 0 if type(value) is float or name in MAY_BE_ZERO else 1
+            if not least <= value < 2**63:
+                fail(f"--{name} {value} is out of range; it must be {least} or more")
+    if not args.out_dir:
+        fail("--out_dir '' is not the name of a folder")
+    if args.uniform_share > 1:
+        fail(f"--uniform_share {args.uniform_share} is out of range; it must be from 0 to 1")
+    if args.max_epochs and not args.train_tokens:
+        fail("--max_epochs counts epochs of the real run; give --train_tokens, too")
+    if args.mixture and (args.bounds or args.max_epochs):
+        fail("--bounds and --max_epochs are for a search; leave them out with --mixture")
     return args
 
 
-# ---- (1) draws, weights and the loss --------------------------------------------------------------------------------
+def parse_pairs(flag, text):
+    """The lists of --sources, --target, --mixture, --bounds: "a=1,b" -> {"a": "1", "b": ""}."""
+    pairs = {}
+    for item in text.split(","):
+        name, _, value = item.partition("=")
+        name = name.strip()
+        if not name:
+            fail(f"{flag} '{text}' has an empty name; give names separated by commas")
+        if name in pairs:
+            fail(f"{flag} '{text}' names {name} twice")
+        pairs[name] = value.strip()
+    return pairs
+
+
+def parse_weights(flag, text):
+    """a=2,b=1 -> {name: weight}; a name alone weighs 1."""
+    weights = {}
+    for name, value in parse_pairs(flag, text).items():
+        try:
+            weights[name] = float(value or 1)
+        except ValueError:
+            weights[name] = math.nan
+        if not 0 <= weights[name] < math.inf:
+            fail(f"{flag} '{text}': the weight of {name}, '{value}', is no number from 0 up")
+    if not 0 < sum(weights.values()) < math.inf:
+        fail(f"{flag} '{text}': the weights sum to {sum(weights.values())}, so they give no shares")
+    return weights
+
+
+def open_run(argv):
+    """
+    The flags of a run, and the checkpoint that it starts from or None -> (args, ckpt). --resume
+    takes all flags from out_dir/ckpt.pt, --init_from the model's from another run's. An out_dir
+    that holds another run is refused.
+    """
+    args = parse_args(argv)
+    out = Path(args.out_dir)
+    if args.resume:
+        path = out / "ckpt.pt"
+        ckpt = load_checkpoint(path, "leave --resume out, or correct --out_dir")
+        stored = ckpt["args"]
+        if stored.keys() != vars(args).keys():
+            fail(f"{path} has other settings than this fastmix.py; start a new run elsewhere")
+        args = parse_args(argv, {flag: stored[flag] for flag in stored if flag != "resume"})
+        for flag, value in vars(args).items():
+            if flag not in MAY_CHANGE and value != stored[flag]:
+                fail(f"{path} was made with --{flag} {stored[flag]}, not {value}; resume without "
+                     "that flag, or start a new run in another --out_dir")
+        return args, ckpt
+
+    held = [name for name in ("log.jsonl", "ckpt.pt", "mixture.json") if (out / name).exists()]
+    if held:
+        fail(f"{out}/ holds another run ({', '.join(held)}); add --resume to resume it, choose "
+             "another --out_dir, or delete those files")
+    ckpt = None
+    if args.init_from:
+        ckpt = load_checkpoint(args.init_from, "--init_from takes a ckpt.pt of fastmix.py")
+        flags = ("n_layer", "n_head", "n_embd", "block_size")
+        args = parse_args(argv, {flag: ckpt["config"][flag] for flag in flags})
+    return args, ckpt
+
+
+# ---- (1) draws, weights and the loss -----------------------------------------------------------
 
 def draw(q, n, offset, order):
     """
-    Systematic sampling of n sequences over sources with probabilities q (K,): n equally spaced points, moved by one
-    offset in [0, 1), on the cumulative q. Source k gets floor(n q_k) or ceil(n q_k) of them, n q_k in expectation.
-    order is how sources lie along that line, a permutation new at each step: in a fixed order two neighbours with small
-    q would never share a batch. Returns the sequences' sources, (n,) ascending.
+    Systematic sampling of n sequences over sources with probabilities q (K,): n equally spaced
+    points, moved by one offset in [0, 1), on the cumulative q. Source k gets floor(n q_k) or
+    ceil(n q_k) of them, n q_k in expectation, so that none is missing by chance. order is how the
+    sources lie along that line, a permutation new at each step: in a fixed order two neighbours
+    with small q would never share a batch. Returns the sequences' sources, (n,) ascending.
     """
     edges = np.cumsum(q[order])
-    place = np.searchsorted(edges / edges[-1], (np.arange(n) + offset) / n, side="right")
-    return np.sort(order[np.minimum(place, len(q) - 1)])  # the last point may be rounded up to 1
+    points = (np.arange(n) + offset) / n
+    place = np.searchsorted(edges / edges[-1], points, side="right")
+    place = np.minimum(place, len(q) - 1)  # the last point may be rounded up to 1
+    return np.sort(order[place])
 
 
 def draw_batch(sets, split, q, n, rng):
     """
-    n sequences of a split, drawn over the sets by q (K,). Returns the set of each, (n,) in numpy; and as tensors, of
-    this process's part, the set (B,), inputs and next-token targets (B, T). Everything is ordered by set.
+    n sequences of a split, drawn over the sets by q (K,), of which each process takes its part.
+    Returns tensors: the sequences' sources (B,), ascending, and their inputs and next-token
+    targets, each (B, T).
     """
     source = draw(np.asarray(q), n, rng.random(), rng.permutation(len(q)))
+    u = rng.random(n)  # where in its source each sequence begins, as a fraction
     rank, world = ranks()
-    mine, u = source[rank::world], rng.random(n)[rank::world]
-    x, y = gather(sets, split, mine, u)
-    return source, *(torch.from_numpy(t) for t in (mine, x, y))
+    source = source[rank::world]  # in steps of world, so that each process gets of all sources
+    x, y = gather(sets, split, source, u[rank::world])
+    return torch.from_numpy(source), torch.from_numpy(x), torch.from_numpy(y)
 
 
-def loss_weights(alpha, q, density):
+def source_weights(alpha, q, density):
     """
-    Formula (1): alpha_k / q_k, (K,), the weight of source k's tokens when sequences are drawn by q (K,); over the share
-    of tokens that is learned, of which density (K,) is by source. NaN, and not used, for one neither wanted nor drawn.
+    Formula (1): r (K,), what a learned token of source k weighs when sequences are drawn by q (K,).
+    Without masks that is alpha_k / q_k. With masks only a share density_k of a source's tokens is
+    learned, and M = sum_k alpha_k density_k of all: r_k = alpha_k / (q_k M). NaN, and never used,
+    for a source that is neither wanted nor drawn.
     """
-    return alpha / (q * (alpha * density).sum())
+    M = (alpha * density).sum()
+    return alpha / (q * M)
+
+
+def pieces(start, end, ends):
+    """
+    The tokens from start to end (a chunk) cut by source: yields (source, slice of the chunk). ends
+    (K,) is where each source's tokens end, for sequences lie in order of their sources.
+
+        sources   |-------- 0 --------|--- 1 ---|---------- 2 ----------|
+        chunks    |------------|------------|------------|--------------|
+        pieces    |---- 0 -----|-- 0 -|- 1 -|- 1 -|-- 2 -|----- 2 ------|
+    """
+    first = 0
+    for k, last in enumerate(ends):
+        low = max(first, start)
+        high = min(last, end)
+        if low < high:
+            yield k, slice(low - start, high - start)
+        first = last
 
 
 class FusedWeightedCrossEntropy(torch.autograd.Function):
     """
-    The LM head and its loss, sum_t coef_t loss_t, in one walk over the tokens that never holds more than chunk x V
-    logits. Gradients are computed on the way, while the logits are there: with the hidden state h_t, the softmax p_t
-    and the one-hot target y_t, the gradient of loss_t is W^T (p_t - y_t) for h_t and (p_t - y_t) h_t^T for the head W.
+    The LM head and its loss, sum_t coef_t loss_t, in one walk over the tokens that never holds more
+    than a chunk's logits. Gradients are formed on the way, while the logits are there. With the
+    hidden state h_t, the softmax p_t and the one-hot target y_t, the gradient of loss_t is
+    W^T (p_t - y_t) for h_t, and (p_t - y_t) h_t^T for the head W. Summed over one source's tokens,
+    the latter is the source's part dW_k of the head's gradient, and <PG, dW_k> is what (2) needs.
 
-    hidden (N, C), weight (V, C), targets (N,) with IGNORE where nothing is learned, coef (N,); ends (K,): where each
-    source's tokens end; PG (V, C) or None, the target's gradient times P. Returns the loss; token_loss (N,), in nats;
-    and parts (K,), zeros without PG: the sum over each source's tokens of coef_t <PG, (p_t - y_t) h_t^T>.
+    hidden (N, C), weight (V, C), targets (N,), coef (N,), PG (V, C) or None, ends (K,), chunk in
+    tokens or None. Returns the loss, token_loss (N,) in nats, and parts (K,) with
+    parts_k = <PG, dW_k>, zeros without PG.
     """
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, coef, PG, ends, chunk):
-        (N, C), V, device = hidden.shape, len(weight), hidden.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-        wide = torch.promote_types(dtype, torch.float32)  # softmax and sums: bfloat16 has 8 significant bits
-        # a chunk's logits are about as many numbers as the hidden states and the head, which are in memory anyway
-        chunk = min(N, chunk or max(64 if device == "cpu" else 4096, (N + V) * C // V))
-        need_h, need_W = ctx.needs_input_grad[:2]
+        N, C = hidden.shape
+        V = len(weight)
+        device = hidden.device
+        dtype = hidden.dtype
+        if torch.is_autocast_enabled(device.type):
+            dtype = torch.get_autocast_dtype(device.type)
+        wide = torch.promote_types(dtype, torch.float32)  # for sums: bfloat16 has 8 bits
+        if chunk is None:
+            # a chunk's logits are about as many numbers as hidden and weight, which are held anyway
+            chunk = max(64 if device.type == "cpu" else 4096, (N + V) * C // V)
+        chunk = min(N, chunk)
+        hidden_needs_grad, weight_needs_grad = ctx.needs_input_grad[:2]
+
         W = weight.to(dtype)
-        logits, dW = (torch.empty(n, d, dtype=dtype, device=hidden.device) for n, d in ((chunk, V), (V, C)))
-        token_loss, grad_h, grad_W, parts = (torch.zeros(shape, dtype=wide, device=hidden.device)
-                                             for shape in (N, hidden.shape, weight.shape if need_W else 0, len(ends)))
-        with torch.autocast(device, enabled=False):
-            for i in range(0, N, chunk):
-                s = slice(i, min(i + chunk, N))
-                h, is_learned, y = hidden[s].to(dtype), targets[s] != IGNORE, targets[s].clamp(min=0)[:, None]
-                log_p = torch.log_softmax(torch.mm(h, W.T, out=logits[: len(h)]), 1, dtype=wide)  # (n, V)
-                token_loss[s] = -log_p.gather(1, y).squeeze(1) * is_learned
-                if need_h or need_W:  # log p becomes p, then p - y, in place
-                    p = log_p.exp_().scatter_add_(1, y, torch.full_like(log_p[:, :1], -1.0)).to(dtype)
-                if need_h:
-                    grad_h[s] = (p @ W) * coef[s, None]
-                if need_W:
-                    weighted_h = (h * coef[s, None]).to(dtype)
-                    for k, (start, end) in enumerate(zip([0, *ends], ends)):
-                        of_k = slice(max(start - i, 0), min(end - i, len(h)))  # the chunk's tokens from source k
-                        if of_k.start < of_k.stop:
-                            torch.mm(p[of_k].T, weighted_h[of_k], out=dW)  # (V, C), from tokens of source k alone
-                            grad_W += dW
-                            if PG is not None:
-                                parts[k] += torch.dot(PG.flatten(), dW.flatten().to(wide))
-        ctx.save_for_backward(grad_h.to(hidden.dtype), grad_W.to(weight.dtype), token_loss.to(coef.dtype))
+        coef = coef * (targets != IGNORE)
+        logits = torch.empty(chunk, V, dtype=dtype, device=device)  # one buffer for all chunks
+        dW = torch.empty(V, C, dtype=dtype, device=device)  # and one for all pieces
+        token_loss = torch.zeros(N, dtype=wide, device=device)
+        grad_hidden = torch.zeros(N, C, dtype=wide, device=device)
+        grad_weight = torch.zeros_like(weight, dtype=wide) if weight_needs_grad else None
+        parts = torch.zeros(len(ends), dtype=wide, device=device)
+
+        with torch.autocast(device.type, enabled=False):
+            for start in range(0, N, chunk):
+                end = min(start + chunk, N)
+                h = hidden[start:end].to(dtype)  # (n, C)
+                learned = targets[start:end] != IGNORE
+                y = targets[start:end].clamp(min=0)[:, None]  # (n, 1); any id where none is learned
+                torch.mm(h, W.T, out=logits[: end - start])
+                log_p = torch.log_softmax(logits[: end - start], 1, dtype=wide)  # (n, V)
+                token_loss[start:end] = -log_p.gather(1, y).squeeze(1) * learned
+                if not (hidden_needs_grad or weight_needs_grad):
+                    continue
+                # log p becomes p, then p - y, in place: the largest tensor here is held once
+                minus_one = torch.full_like(log_p[:, :1], -1.0)
+                p_minus_y = log_p.exp_().scatter_add_(1, y, minus_one).to(dtype)  # (n, V)
+                if hidden_needs_grad:
+                    grad_hidden[start:end] = (p_minus_y @ W) * coef[start:end, None]
+                if weight_needs_grad:
+                    weighted_h = (h * coef[start:end, None]).to(dtype)
+                    for k, piece in pieces(start, end, ends):
+                        torch.mm(p_minus_y[piece].T, weighted_h[piece], out=dW)  # (V, C)
+                        grad_weight += dW
+                        if PG is not None:
+                            parts[k] += torch.dot(PG.flatten(), dW.flatten().to(wide))
+
+        if weight_needs_grad:
+            grad_weight = grad_weight.to(weight.dtype)
+        ctx.save_for_backward(grad_hidden.to(hidden.dtype), grad_weight)
         ctx.mark_non_differentiable(token_loss, parts)
         return (coef * token_loss).sum(), token_loss, parts
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_loss, *_):
-        grad_h, grad_W, grad_coef = (g * grad_loss for g in ctx.saved_tensors)
-        return grad_h, grad_W, None, grad_coef, None, None, None
+        grad_hidden, grad_weight = ctx.saved_tensors
+        grad_hidden = grad_hidden * grad_loss
+        if grad_weight is not None:
+            grad_weight = grad_weight * grad_loss
+        return grad_hidden, grad_weight, None, None, None, None, None
 
 
-def fused_cross_entropy(hidden, weight, targets, r=None, divisor=None, PG=None, ends=None, chunk=None):
+def fused_cross_entropy(hidden, weight, targets, coef, PG=None, ends=None, chunk=None):
     """
-    Weighted next-token loss from hidden states, sum_t r_t loss_t / divisor. hidden (N, C), weight (V, C), targets (N,),
-    r (N,) weights of the tokens (None: all 1), divisor a number (None: sum_t r_t, for the mean). Returns (loss in nats,
-    token_loss (N,), parts (K,)), see above. Targets that are IGNORE count nowhere; a mean over nothing is NaN.
+    Weighted next-token loss from hidden states: (loss, token_loss (N,), parts (K,)), see the class
+    above. Without ends all tokens are of one source. Targets that are IGNORE count nowhere.
     """
     if not torch.is_grad_enabled():
-        hidden, weight = hidden.detach(), weight.detach()  # tells the walk that no gradient is wanted
-    r = torch.ones_like(targets, dtype=torch.promote_types(hidden.dtype, torch.float32)) if r is None else r
-    r = r * (targets != IGNORE)
-    coef = r / (r.sum() if divisor is None else divisor)
-    return FusedWeightedCrossEntropy.apply(hidden, weight, targets, coef, PG, ends or [len(targets)], chunk)
+        hidden = hidden.detach()  # tells the walk that no gradient is wanted
+        weight = weight.detach()
+    if ends is None:
+        ends = [len(targets)]
+    return FusedWeightedCrossEntropy.apply(hidden, weight, targets, coef, PG, ends, chunk)
 
 
-def batch_loss(model, head, x, y, r, n_tokens, PG=None, ends=None):
+def batch_loss(model, head, x, y, sequence_weight, n_tokens, PG=None, ends=None):
     """
-    A micro-batch's part of the step's loss, sum_t r_t loss_t / n_tokens. x, y (B, T); r (B,) weights of its sequences;
-    n_tokens is of the whole step, learned or not; to divide by the sum of weights instead would bias the expected
-    gradient away from sum_k alpha_k g_k. Returns (loss, token_loss (B, T), parts (K,)).
+    A micro-batch's part of a step's loss, sum_t weight_t loss_t / n_tokens. x, y (B, T); the
+    sequences' weights (B,); n_tokens are those of the whole step, learned or not: to divide by the
+    sum of the weights instead would bias the expected gradient. That gradient is sum_k beta_k g_k,
+    where beta_k = alpha_k density_k / M is source k's share of the learned tokens (alpha_k, without
+    masks). Returns (loss, token_loss (B, T), parts (K,)).
     """
     hidden = model(x)  # (B, T, C)
-    loss, token_loss, parts = fused_cross_entropy(hidden.flatten(0, 1), head, y.flatten(),
-                                                  r.repeat_interleave(x.shape[1]), n_tokens, PG, ends)
+    coef = sequence_weight.repeat_interleave(x.shape[1]) / n_tokens  # (B T,)
+    loss, token_loss, parts = fused_cross_entropy(hidden.flatten(0, 1), head, y.flatten(), coef,
+                                                  PG, ends)
     return loss, token_loss.view_as(y), parts
 
 
-# ---- (2) alignment --------------------------------------------------------------------------------------------------
+# ---- (2) alignment -----------------------------------------------------------------------------
 
-def target_gradient(model, head, x, y, r, n_tokens):
+def target_gradient(model, head, x, y, sequence_weight, n_tokens):
     """
-    Over a target batch's learned tokens, with batch_loss()'s arguments: the gradient at the head, sum_t r_t (p_t - y_t)
-    h_t^T / n_tokens, (V, C); and sum_t r_t h_t h_t^T / n_tokens, (C, C). No backward pass through the model.
+    What (2) needs of a target batch, by batch_loss()'s arguments: its gradient at the head
+    G = sum_t weight_t (p_t - y_t) h_t^T / n_tokens, (V, C), and the second moment of its hidden
+    states S = sum_t weight_t h_t h_t^T / n_tokens, (C, C), both over learned tokens. There is no
+    backward pass through the model.
     """
-    r = r.repeat_interleave(x.shape[1])  # (B T,)
+    weight = sequence_weight.repeat_interleave(x.shape[1])  # (B T,)
+    targets = y.flatten()
     with torch.no_grad():
         h = model(x).flatten(0, 1).to(head.dtype)  # (B T, C)
-    loss = fused_cross_entropy(h, head, y.flatten(), r, n_tokens)[0]
+    loss, _, _ = fused_cross_entropy(h, head, targets, weight / n_tokens)
     with torch.autocast(x.device.type, enabled=False):
-        return torch.autograd.grad(loss, head)[0], h.T @ (h * (r * (y.flatten() != IGNORE))[:, None]) / n_tokens
+        G = torch.autograd.grad(loss, head)[0]
+        weight = weight * (targets != IGNORE)
+        S = h.T @ (h * weight[:, None]) / n_tokens
+    return G, S
 
 
-def inverse_curvature(G, H, head, optimizer):
+def inverse_curvature(G, S, v):
     """
-    P G, (V, C), for a target's gradient G (V, C). P inverts the curvature of the loss at the head by K-FAC (Martens and
-    Grosse, arXiv 1503.05671), up to scale: E[(p - y)^2] by rows, as the row means of AdamW's v are, times E[h h^T], of
-    which H (C, C) is the target's. A tenth of its mean is added to each, against noise.
+    P G, (V, C): a target's gradient G (V, C) times the inverse curvature of the training loss at
+    the head, up to scale. K-FAC (Martens and Grosse, arXiv 1503.05671) takes the curvature of a
+    linear layer apart into a factor for its outputs, E[(p - y)^2] for each row of the head, and one
+    for its inputs, S = E[h h^T], (C, C). Of the first, AdamW knows about enough: the rows of
+    v (V, C), its running mean of squared gradients, grow with it. A tenth of its mean is added to
+    each factor (damping), so that directions that the data hardly shows do not blow up.
     """
-    v = optimizer.state[head].get("exp_avg_sq")  # none before the first step
-    rows = torch.ones_like(G[:, :1]) if v is None else v.mean(1, keepdim=True)  # (V, 1)
-    damped = H + 0.1 * H.diagonal().mean() * torch.eye(len(H), dtype=H.dtype, device=H.device)
-    return G / (rows + 0.1 * rows.mean()) @ torch.linalg.inv_ex(damped)[0]  # inv() would wait for a GPU
+    rows = v.mean(1, keepdim=True)  # (V, 1)
+    rows = rows + DAMPING * rows.mean()
+    columns = S + DAMPING * S.diagonal().mean() * torch.eye(len(S), dtype=S.dtype, device=S.device)
+    inverse, _ = torch.linalg.inv_ex(columns)  # inv() would make a GPU wait for its check
+    return (G / rows) @ inverse
 
 
-# ---- (3) the mixture ------------------------------------------------------------------------------------------------
+# ---- (3) the mixture ---------------------------------------------------------------------------
 
-def mixture_step(z, A, present, rate):
+def mixture_step(z, A, present, density, rate):
     """
-    Formula (3) as a step of mirror descent on the simplex, on logits z (K,) in place: by the gradient over alpha; the
-    one over z has a factor alpha_k and would leave a source that lost its weight where it is. A (K,) alignments, in
-    units of their rms, for a gradient's scale says nothing. present (K,): a source not in the batch keeps its logit.
+    Formula (3) as a step of mirror descent on the simplex, on logits z (K,) in place. The gradient
+    over z has a factor alpha_k, which would leave a source that lost its weight where it is; mirror
+    descent steps z by the gradient over alpha, which has not.
+
+    A (K,) are alignments per learned token. A source enters training by its share of the learned
+    tokens, beta_k = alpha_k density_k / M with M = sum_j alpha_j density_j. Through it
+
+        dL_val / dalpha_k = -(density_k / M) (A_k - sum_j beta_j A_j),
+
+    and without masks density = 1, beta = alpha. A gradient's scale says nothing here, so the step
+    is in units of the alignments' root mean square. That bounds it: a source moves by at most
+    rate (density_k / M) / sqrt(beta_k), without masks rate / sqrt(alpha_k), so that a source of
+    small share may move far. present (K,): a source that is not in the batch keeps its logit.
     """
     alpha = torch.softmax(z, 0)
-    share = alpha * present / (alpha * present).sum()  # (K,) among the sources present
     A = torch.where(present, A, 0.0)
-    mean, rms = (share * A).sum(), (share * A**2).sum().sqrt().clamp(min=1e-18)
-    z += torch.where(present, rate * (A - mean) / rms, 0.0)
-    z.clamp_(min=z.max() - 18)  # alpha stays above 1e-8 of the largest: no source's part of a gradient underflows
+    share = alpha * present / (alpha * present).sum()  # (K,) among the sources present
+    M = (share * density).sum()
+    beta = share * density / M
+    mean = (beta * A).sum()
+    rms = (beta * A**2).sum().sqrt().clamp(min=1e-18)
+    step = density / M * (A - mean) / rms
+    z += torch.where(present, rate * step, 0.0)
+    # alpha stays above 1e-8 of the largest, so that no source's part of a gradient underflows
+    z.clamp_(min=z.max() - 18)
+
+
+def search_bounds(args, names, available):
+    """
+    Least and largest shares of a search, each (K,), from --bounds and --max_epochs; 0 and 1 where
+    neither says anything. available (K,) are the sources' tokens.
+    """
+    lower = torch.zeros(len(names), dtype=torch.float64)
+    upper = torch.ones(len(names), dtype=torch.float64)
+    if args.bounds:
+        for name, span in parse_pairs("--bounds", args.bounds).items():
+            least, _, largest = span.partition(":")
+            try:
+                k = names.index(name)
+                lower[k] = float(least or 0)
+                upper[k] = float(largest or 1)
+            except ValueError:
+                fail(f"--bounds '{args.bounds}': '{name}={span}' is not NAME=LEAST:LARGEST with "
+                     f"one of {', '.join(names)}")
+            if ":" not in span or not (0 <= lower[k] <= upper[k] <= 1 and upper[k] > 0):
+                fail(f"--bounds '{args.bounds}': '{name}={span}' is no range of shares, "
+                     "LEAST:LARGEST between 0 and 1; to leave a source out, do not name it in "
+                     "--sources")
+    if args.max_epochs:
+        upper = torch.minimum(upper, args.max_epochs * available.double() / args.train_tokens)
+    if lower.sum() > 1 + 1e-9 or upper.sum() < 1 - 1e-9 or (lower > upper).any():
+        fail(f"no mixture is within these bounds: the least shares sum to {lower.sum():.3g}, the "
+             f"largest to {upper.sum():.3g} (--bounds {args.bounds}, --max_epochs "
+             f"{args.max_epochs} in --train_tokens {args.train_tokens})")
+    return lower, upper
 
 
 def within_bounds(z, lower, upper):
     """
-    Projects a mixture in Kullback-Leibler divergence on lower <= alpha <= upper, each (K,), on its logits z (K,) in
-    place: alpha_k becomes clip(c alpha_k, lower_k, upper_k) with the c, found by bisection, that makes the sum 1.
+    Projects a mixture in Kullback-Leibler divergence on lower <= alpha <= upper, each (K,), on its
+    logits z (K,) in place: alpha_k becomes clip(c alpha_k, lower_k, upper_k) with the c, found by
+    bisection, for which the sum is 1.
     """
     alpha = torch.softmax(z, 0)
-    if ((alpha < lower) | (alpha > upper)).any():
-        low, high = 0.0, 1 / alpha.min().item()  # c with which all are at their lower bounds; at their upper ones
-        for _ in range(100):
-            c = (low + high) / 2
-            low, high = (low, c) if (c * alpha).clamp(lower, upper).sum() > 1 else (c, high)
-        z.copy_((c * alpha).clamp(lower, upper).log())
+    if (lower <= alpha).all() and (alpha <= upper).all():
+        return
+    low = 0.0  # a c with which all are at their lower bounds
+    high = 1 / alpha.min().item()  # and one with which all are at their upper ones
+    for _ in range(100):
+        c = (low + high) / 2
+        if (c * alpha).clamp(lower, upper).sum() > 1:
+            high = c
+        else:
+            low = c
+    z.copy_((c * alpha).clamp(lower, upper).log())
 
 
-def per_drawn_token(A, alpha, density, present):
+def read_mixture(text, names, available):
     """
-    Alignments (K,) per learned token -> per token drawn, where density (K,) of the tokens is learned. Of n tokens n M
-    are, M = sum_k alpha_k density_k, in shares beta_k = alpha_k density_k / M. A run is finite, and AdamW divides by
-    the gradient's noise, which falls with the root of n M: so training goes along sqrt(M) sum_k beta_k g_k, the target
-    falls by sqrt(M) sum_k beta_k A_k, and its derivative by alpha_k is sqrt(M) (density_k / M) (A_k - mean / 2). Half
-    the mean is added to all, so that equal densities leave A as it is.
+    What --mixture says -> shares (K,) of the sources `names`, of which available (K,) are the
+    tokens. Weights need not sum to 1; a source that is not named gets 0.
     """
-    share = alpha * present / (alpha * present).sum()  # (K,) among the sources present
-    M, A = (share * density).sum(), torch.where(present, A, 0.0)
-    mean = (share * density / M * A).sum()
-    return density / M * (A - mean / 2) + mean / 2
+    listed = text
+    if text == "uniform":
+        listed = ",".join(names)
+    elif text == "proportional":
+        listed = ",".join(f"{name}={n}" for name, n in zip(names, available.tolist()))
+    elif text.endswith(".json"):
+        try:
+            mixture = json.loads(Path(text).read_text())["mixture"]
+            listed = ",".join(f"{name}={share}" for name, share in mixture.items())
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            fail(f"--mixture {text} is not what a search writes ({type(error).__name__})")
+    weights = parse_weights("--mixture", listed)
+    unknown = weights.keys() - set(names)
+    if unknown:
+        fail(f"--mixture {text} names {', '.join(unknown)}, but --sources are {', '.join(names)}")
+    alpha = torch.tensor([weights.get(name, 0.0) for name in names], dtype=torch.float64)
+    return alpha / alpha.sum()
 
 
-# ---- the loop -------------------------------------------------------------------------------------------------------
+# ---- training ----------------------------------------------------------------------------------
+
+def start_machine(args):
+    """
+    The device and dtype of the flags -> (device, autocast context). Started by torchrun, this
+    process joins the others, and only the first of them prints.
+    """
+    # a setting of torch on Linux: large new tensors in huge pages, with fewer page faults
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    found = torch.accelerator.current_accelerator(check_available=True)
+    device = args.device
+    if device == "auto":
+        device = "cpu"
+        if found and found.type in ("cuda", "mps"):
+            device = found.type
+    elif device != "cpu" and not (found and found.type == device):
+        fail(f"--device {device}: torch {torch.__version__} finds none here; use --device auto")
+    if dist.is_torchelastic_launched():
+        if device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if device == "cuda" else "gloo")
+        atexit.register(dist.destroy_process_group)
+    rank, world = ranks()
+    if rank > 0:
+        sys.stdout = open(os.devnull, "w")
+    if args.batch_size % world or args.target_batch_size < world:
+        fail(f"{world} processes share a batch: --batch_size {args.batch_size} must be a multiple "
+             f"of {world}, and --target_batch_size {args.target_batch_size} at least {world}")
+    torch.set_float32_matmul_precision("high")  # TF32 on CUDA
+    dtype = args.dtype
+    if dtype == "auto" and device == "cuda":
+        # not on a card that only emulates bfloat16, for it is slower with it
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            dtype = "bfloat16"
+    if dtype == "bfloat16":
+        return device, torch.autocast(device, torch.bfloat16)
+    return device, contextlib.nullcontext()
+
+
+def ranks():
+    """(this process's number, how many there are). All share each batch and hold equal weights."""
+    if dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def add_up(*tensors):
+    """Sums each tensor over all processes, in place."""
+    if dist.is_initialized():
+        for tensor in tensors:
+            dist.all_reduce(tensor)
+
+
+def learning_rate_at(step, args):
+    """AdamW's learning rate at a step: linear warm-up, then cosine decay to a tenth of the peak."""
+    if step < args.warmup_steps:
+        return args.learning_rate * (step + 1) / (args.warmup_steps + 1)
+    done = (step - args.warmup_steps) / max(1, args.max_steps - args.warmup_steps)
+    return args.learning_rate * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * done)))
+
 
 @torch.no_grad()
-def evaluate(model, head, data, split, max_tokens, batch_size):
-    """Mean loss in nats a learned token over windows spread evenly over a split: always the same, nothing is drawn."""
+def evaluate(model, head, sets, split, max_tokens, batch_size):
+    """
+    {set's name: mean loss per learned token, in nats}, over windows spread evenly over a split.
+    They are always the same ones: nothing is drawn, so that looking more often changes no result.
+    """
     rank, world = ranks()
-    start, sums = data.spread(split, max_tokens)[rank::world], torch.zeros(2, device=head.device)
-    batch_size = batch_size // world  # it counts all processes
-    for i in range(0, len(start), batch_size):
-        x, y = (torch.from_numpy(t).to(head.device) for t in data.windows(split, start[i: i + batch_size]))
-        loss = fused_cross_entropy(model(x).flatten(0, 1), head, y.flatten(), divisor=1)[0]
-        sums += torch.stack([loss.float(), (y != IGNORE).sum()])
-    total, learned = add_up(sums).tolist()
-    return total / learned if learned else math.nan
+    batch_size = batch_size // world  # the flag counts all processes
+    losses = {}
+    for s in sets:
+        starts = s.spread(split, max_tokens)[rank::world]
+        total = torch.zeros((), device=head.device)
+        learned = torch.zeros((), device=head.device)
+        for i in range(0, len(starts), batch_size):
+            x, y = s.windows(split, starts[i: i + batch_size])
+            x = torch.from_numpy(x).to(head.device)
+            y = torch.from_numpy(y).to(head.device)
+            loss, _, _ = batch_loss(model, head, x, y, torch.ones(len(x), device=head.device), 1)
+            total += loss.float()
+            learned += (y != IGNORE).sum()
+        add_up(total, learned)
+        losses[s.name] = total.item() / learned.item() if learned else math.nan
+    return losses
 
 
-def main():
-    args, ckpt = open_run(parse_args)
-    sources, targets, target_weights = load_sets(args, ckpt)
+# ---- what a run writes -------------------------------------------------------------------------
+
+def open_log(path, rows):
+    """log.jsonl, open to append: a new file, or a resumed run's, with its checkpoint's rows."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if rows == 0:
+        return open(path, "x")  # refuses the second of two runs that start at once
+    lines = path.read_text(errors="replace").splitlines(keepends=True)
+    if len(lines) < rows:
+        fail(f"{path} has {len(lines)} rows, but the run in ckpt.pt wrote {rows}; put it right, or "
+             "start a new run in another --out_dir")
+    save_atomically(path, lambda file: file.write("".join(lines[:rows]).encode()))
+    return open(path, "a")
+
+
+def by_name(names, values):
+    """(K,) -> {name: value}; None in place of NaN, which JSON does not know."""
+    return {name: None if math.isnan(value) else value
+            for name, value in zip(names, values.tolist())}
+
+
+def progress(row, steps_per_second):
+    """A row of the log as a line on the screen; the largest shares have bars: python ▆ 0.71"""
+    step = row["step"]
+    line = f"step {step:5d} {step / row['max_steps']:4.0%} | target {row['target_val_loss']:.3f} | "
+    if row["train_loss"] is not None:
+        tokens_per_second = row["tokens"] / step * steps_per_second
+        seconds_left = (row["max_steps"] - step) / steps_per_second
+        line += f"train {row['train_loss']:.3f} | {tokens_per_second:,.0f} tok/s | "
+        line += f"{seconds_left:.0f} s left | "
+    alpha = row["alpha"]
+    largest = sorted(alpha, key=alpha.get, reverse=True)[:8]
+    for name in alpha:
+        if name in largest:
+            bar = "▁▂▃▄▅▆▇█"[min(7, int(alpha[name] * 8))]
+            line += f"{name} {bar} {alpha[name]:.2f}  "
+    return line.rstrip()
+
+
+def bound_reached(share, lower, upper):
+    """Which bound of the search a share is at: "cap", "floor" or ""; 0 and 1 are no bounds."""
+    for name, bound in (("cap", upper), ("floor", lower)):
+        if 0 < bound < 1 and abs(share - bound) <= max(0.005 * bound, 1e-4):
+            return name
+    return ""
+
+
+# ---- the run -----------------------------------------------------------------------------------
+
+def open_sets(args, ckpt, visible):
+    """
+    The prepared sets that --sources and --target name -> (sources, targets, the targets' weights,
+    which sum to 1), lists of TokenSets and of floats. A checkpoint must be of the same vocabulary
+    and, on --resume, of the same data.
+    """
+    pairs = parse_pairs("--sources", args.sources)
+    if any(pairs.values()):
+        fail(f"--sources '{args.sources}' must be names alone; for shares there is --mixture")
+    names = list(pairs)
+    weights = parse_weights("--target", args.target)
+    if 0 in weights.values():
+        fail(f"--target '{args.target}': leave out a target that weighs nothing")
+    sets = load_sets(args.data_dir, names, list(weights), args.block_size, visible)
+    if ckpt:
+        first = sets[names[0]]
+        if (ckpt["tokenizer"], ckpt["config"]["vocab_size"]) != (first.tokenizer, first.vocab_size):
+            fail(f"the checkpoint was trained with the tokenizer {ckpt['tokenizer']}, but "
+                 f"'{first.name}' was prepared with {first.tokenizer}")
+    if args.resume and ckpt["digests"] != {name: s.digest for name, s in sets.items()}:
+        fail(f"the data in {args.data_dir}/ is not what {args.out_dir}/ckpt.pt was trained on; "
+             "prepare it as it was, or start a new run in another --out_dir")
+    total = sum(weights.values())
+    return ([sets[name] for name in names], [sets[name] for name in weights],
+            [weight / total for weight in weights.values()])
+
+
+def main(argv=None):
+    args, ckpt = open_run(argv)
     device, autocast = start_machine(args)
-    out, searching, rank = Path(args.out_dir), args.mixture is None, ranks()[0]
-    names, K, T = [s.name for s in sources], len(sources), args.block_size
-    sets = dict.fromkeys((*sources, *targets))  # each once, in order
-    n_sequences = args.batch_size * args.grad_accum
-    tokens_per_step = n_sequences * T
-    available = torch.tensor([s.available("train") for s in sources])  # (K,) tokens to train on
-    density = torch.tensor([s.density("train") for s in sources], dtype=torch.float64)  # (K,) learned per token drawn
-    lower, upper = torch.from_numpy(plan(args, sources, n_sequences))  # (K,); sets how much each source shows, too
-    schedule = read_mixture("uniform" if searching or args.resume else args.mixture, names, available.tolist())
+    rank, _ = ranks()
+    out = Path(args.out_dir)
+    searching = args.mixture is None
 
-    # model, optimizer and state: with the settings, all that a checkpoint holds
+    # the sets: without --sources the sample, which is prepared if there is none yet
+    if args.sources is None:
+        if rank == 0:
+            prepare_sample(args.data_dir)
+        add_up(torch.zeros(1, device=device))  # the other processes wait here for the first one
+        args.sources = ",".join(sample_sources(args.data_dir))
+        args.target = args.target or SAMPLE_TARGETS[0]
+    args.target = args.target or args.sources
+    T = args.block_size
+    n_sequences = args.batch_size * args.grad_accum  # per step
+    tokens_per_step = n_sequences * T
+    planned_tokens = args.train_tokens or args.max_steps * tokens_per_step
+    # a run shorter than the planned one sees as much less text, and so repeats it as often
+    visible = min(1.0, args.max_steps * tokens_per_step / planned_tokens)
+    sources, targets, target_weights = open_sets(args, ckpt, visible)
+    names = [s.name for s in sources]
+    K = len(sources)
+    available = torch.tensor([s.available("train") for s in sources])  # (K,) tokens
+    # the shares of the tokens that are learned: 1 without masks
+    density = torch.tensor([s.density("train") for s in sources], dtype=torch.float64)  # (K,)
+    target_density = torch.tensor([t.density("val") for t in targets], dtype=torch.float32)
+    lower, upper = search_bounds(args, names, available)
+    if searching and n_sequences < 2:
+        fail("a search compares the sources in a step: --batch_size times --grad_accum must be at "
+             "least 2")
+    if searching and n_sequences < K:
+        say(f"warning: with {n_sequences} sequences per step for {K} sources, each step compares "
+            "only some of them")
+
+    # model and optimizer
     torch.manual_seed(args.seed)
-    net = GPT(GPTConfig(sources[0].vocab_size, T, args.n_layer, args.n_head, args.n_embd)).to(device)
+    config = GPTConfig(sources[0].vocab_size, T, args.n_layer, args.n_head, args.n_embd)
+    net = GPT(config).to(device)
     model = torch.compile(net) if args.compile else net
     head = net.lm_head.weight  # (V, C)
-    optimizer = net.configure_optimizer(args.learning_rate, args.weight_decay, (0.9, 0.95), fused=device != "mps")
-    state = SimpleNamespace(
-        step=0, reported=-1, seconds=0.0,  # steps done, and when the last report was written; time taken
-        z=torch.zeros(K, dtype=torch.float64),  # (K,) logits of the mixture, alpha = softmax(z)
-        G=torch.zeros_like(head.data),  # (V, C) running mean of the target's gradient, up to scale
-        H=torch.zeros(args.n_embd, args.n_embd, device=device),  # (C, C) running mean of its h h^T, up to scale
-        schedule=torch.from_numpy(schedule),  # (P, 1 + K) fractions of the run and mixtures there; not for a search
-        run_sum=torch.zeros(K, dtype=torch.float64), half_sum=torch.zeros(K, dtype=torch.float64),  # of alpha
-        drawn=torch.zeros(K, dtype=torch.int64))  # tokens seen of each source
-    within_bounds(state.z, lower, upper)
-    if ckpt:
-        restore(ckpt, net, *([optimizer, state] if args.resume else []))
-    settings = {"args": vars(args), "config": vars(net.config), "tokenizer": sources[0].tokenizer,
-                "digests": {s.name: s.digest for s in sets}}
-    log = open_log(out, state.step if args.resume else -1, names)
-    say(f"{net.num_params():,} parameters, {tokens_per_step:,} tokens a step, {device}, sources {args.sources}; "
-        f"target {args.target}; {'searching' if searching else f'mixture {args.mixture}'}")
+    optimizer = net.configure_optimizer(args.learning_rate, args.weight_decay, device != "mps")
 
-    # sums since the last report; the names on the left are rows of one tensor
-    loss_sum, learned_sum = sums = torch.zeros(2, K, device=device)  # of each source, over its learned tokens
-    alignment_sum, times_present = measured = torch.zeros(2, K, dtype=torch.float64)
-    weighted_loss = torch.zeros((), device=device)
-    clock, stop = time.time(), asked_to_stop()  # stop: a list that Ctrl-C fills
+    # the loop's state: with the settings, all that a checkpoint holds
+    state = SimpleNamespace(
+        step=0,  # optimizer steps done
+        rows=0,  # reports in log.jsonl
+        seconds=0.0,  # time taken, up to the last report
+        z=torch.zeros(K, dtype=torch.float64),  # logits of the mixture, alpha = softmax(z)
+        G=torch.zeros_like(head.data),  # (V, C) running mean of the target's gradient, up to scale
+        S=torch.zeros(head.shape[1], head.shape[1], device=device),  # (C, C) and of its h h^T
+        start=torch.zeros(K, dtype=torch.float64),  # the first mixture
+        before={},  # the targets' val losses before training
+        run_sum=torch.zeros(K, dtype=torch.float64),  # of the mixture over all steps
+        half_sum=torch.zeros(K, dtype=torch.float64),  # and over those of the last half
+        drawn=torch.zeros(K, dtype=torch.int64))  # tokens seen of each source
+    if args.resume:
+        restore(ckpt, out / "ckpt.pt", net, optimizer, state)
+    elif searching:
+        within_bounds(state.z, lower, upper)
+    else:
+        state.z.copy_(read_mixture(args.mixture, names, available).log())
+    if args.init_from and not args.resume:
+        restore(ckpt, args.init_from, net)
+    settings = {"args": vars(args), "config": vars(config), "tokenizer": sources[0].tokenizer,
+                "digests": {s.name: s.digest for s in (*sources, *targets)}}
+    resumed_at = state.step if args.resume else None
+    if rank == 0:
+        log = open_log(out / "log.jsonl", state.rows)
+    n_params = sum(p.numel() for p in net.parameters())
+    say(f"{n_params:,} parameters, {tokens_per_step:,} tokens per step, {device}; sources "
+        f"{args.sources}; target {args.target}; "
+        + ("searching" if searching else f"mixture {args.mixture}"))
+
+    # sums since the last report
+    steps_taken = 0
+    train_loss_sum = torch.zeros((), device=device)
+    loss_sum = torch.zeros(K, device=device)  # of each source's learned tokens
+    learned_sum = torch.zeros(K, device=device)  # and how many they are
+    alignment_sum = torch.zeros(K, dtype=torch.float64)
+    alignment_count = torch.zeros(K, dtype=torch.float64)  # outer steps with the source present
+    clock = time.perf_counter()
+
     while True:
-        step, last = state.step, state.step >= args.max_steps
-        alpha = torch.softmax(state.z, 0) if searching else mixture_at(state.schedule, step / args.max_steps)  # (K,)
+        step = state.step
+        last = step >= args.max_steps
+        alpha = torch.softmax(state.z, 0)  # (K,)
 
         # ---- report: evaluate, log, save
-        if (step % args.log_every == 0 or last or stop) and step > state.reported:
+        if (step % args.log_every == 0 or last) and step != resumed_at:
             with autocast:
-                target_losses = {t.name: evaluate(model, head, t, "val", args.eval_tokens, args.batch_size)
-                                 for t in targets}
-            taken, seconds = step - max(state.reported, 0), time.time() - clock
-            train_loss = add_up(weighted_loss).item() / max(taken, 1)
+                target_losses = evaluate(model, head, targets, "val", args.eval_tokens,
+                                         args.batch_size)
             target_loss = float(np.dot(target_weights, list(target_losses.values())))
-            if not all(t.isfinite().all() for t in (torch.tensor(train_loss + target_loss), alpha, *net.parameters())):
-                fail(f"the loss is no longer finite at step {step}; the last good checkpoint stays. Lower "
-                     f"--learning_rate {args.learning_rate:g} in a new run, or --resume if it was the machine")
-            state.seconds, state.reported, clock = state.seconds + seconds, step, clock + seconds
-            row = append_row(
-                log, names, step=step, max_steps=args.max_steps, alpha=alpha, alignment=alignment_sum / times_present,
-                train_loss=train_loss if taken else None, source_loss=loss_sum / learned_sum,
-                target_val_loss=target_loss, target_losses=target_losses, tokens=step * tokens_per_step,
-                seconds=round(state.seconds, 3), lower=lower, upper=upper)
-            say(progress(row, taken / seconds))
-            for t in (sums, measured, weighted_loss):
+            add_up(train_loss_sum)
+            train_loss = train_loss_sum.item() / max(steps_taken, 1)
+            numbers = (torch.tensor([train_loss, target_loss]), alpha, *net.parameters())
+            if not all(tensor.isfinite().all() for tensor in numbers):
+                fail(f"the loss is no longer finite at step {step}; the last good checkpoint "
+                     f"stays. Lower --learning_rate {args.learning_rate:g} in a new run, or "
+                     "--resume if it was the machine")
+            if step == 0:
+                state.start.copy_(alpha)
+                state.before = target_losses
+            seconds = time.perf_counter() - clock
+            clock += seconds
+            state.seconds += seconds
+            state.rows += 1
+            if rank == 0:
+                row = {"step": step, "max_steps": args.max_steps, "alpha": by_name(names, alpha),
+                       "alignment": by_name(names, alignment_sum / alignment_count),
+                       "train_loss": train_loss if steps_taken else None,
+                       "source_loss": by_name(names, loss_sum / learned_sum),
+                       "target_val_loss": target_loss, "target_losses": target_losses,
+                       "tokens": step * tokens_per_step, "seconds": round(state.seconds, 3)}
+                log.write(json.dumps(row) + "\n")
+                log.flush()
+                say(progress(row, steps_taken / seconds))
+                save_checkpoint(out / "ckpt.pt", net, optimizer, state, settings)
+            steps_taken = 0
+            for t in (train_loss_sum, loss_sum, learned_sum, alignment_sum, alignment_count):
                 t.zero_()
-            save_checkpoint(out / "ckpt.pt", net, optimizer, state, settings)
         if last:
             break
-        if stop:
-            say(f"stopped at step {step}; go on with: python fastmix.py --resume --out_dir {out}")
-            raise SystemExit(130)
 
-        # ---- outer step, first half: the target's gradient, averaged over outer steps, times P
-        outer, PG = searching and step % args.outer_every == 0, None
+        # ---- outer step, first half: the target's gradient, times P
+        outer = searching and step % args.outer_every == 0
+        PG = None
         if outer:
-            rng = np.random.default_rng((args.seed, step, 1))  # of the step, so that a run that goes on draws the same
-            _, which, x, y = draw_batch(targets, "val", target_weights, args.target_batch_size, rng)
-            # over its density, so that a target counts by its weight, however few of its tokens are learned
-            r = torch.tensor([1 / t.density("val") for t in targets])[which]
-            x, y, r = (tensor.to(device) for tensor in (x, y, r))
+            # a generator per step and purpose: a resumed run draws what it would have drawn
+            rng = np.random.default_rng((args.seed, step, 1))
+            target, x, y = draw_batch(targets, "val", target_weights, args.target_batch_size, rng)
+            # Targets are drawn by their weights. Over its density, so that a target counts by its
+            # weight however few of its tokens are learned. (Sources count by their tokens.)
+            weight = 1 / target_density[target]  # (B,)
             with autocast:
-                g_val, h_val = target_gradient(model, head, x, y, r, args.target_batch_size * T)
-            add_up(g_val, h_val)
-            state.G.lerp_(g_val, 1 - DECAY)
-            state.H.lerp_(h_val, 1 - DECAY)
-            PG = inverse_curvature(state.G, state.H, head, optimizer)
+                G, S = target_gradient(model, head, x.to(device), y.to(device), weight.to(device),
+                                       args.target_batch_size * T)
+            add_up(G, S)
+            state.G.lerp_(G, 1 - DECAY)
+            state.S.lerp_(S, 1 - DECAY)
+            v = torch.ones_like(head)  # before the first step AdamW has none
+            if step > 0:
+                v = optimizer.state[head]["exp_avg_sq"]
+            PG = inverse_curvature(state.G, state.S, v)
 
-        # ---- inner step: train on sequences drawn by q, weighted by alpha / q
+        # ---- inner step: train on sequences drawn by q, weighted by r = alpha / q
         eps = args.uniform_share if searching else 0.0
         q = (1 - eps) * alpha + eps / K  # (K,)
         rng = np.random.default_rng((args.seed, step, 0))
-        source, mine, x, y = draw_batch(sources, "train", q, n_sequences, rng)
-        weights = loss_weights(alpha, q, density)  # (K,)
-        k, x, y, r = (t.to(device) for t in (mine, x, y, weights[mine].float()))
+        source, x, y = draw_batch(sources, "train", q, n_sequences, rng)  # (B,), (B, T), (B, T)
+        r = source_weights(alpha, q, density)  # (K,)
+        step_drawn = torch.bincount(source, minlength=K).to(device) * T  # (K,) tokens
+        weight = r.float()[source].to(device)  # (B,)
+        x = x.to(device)
+        y = y.to(device)
+        step_loss = torch.zeros(K, device=device)
+        step_learned = torch.zeros(K, device=device)
+        step_parts = torch.zeros(K, device=device)  # <PG, dW_k>
         for group in optimizer.param_groups:
             group["lr"] = learning_rate_at(step, args)
-        step_loss, step_learned, parts = step_sums = torch.zeros(3, K, device=device)
-        for micro in range(args.grad_accum):  # every grad_accum-th sequence, so that each spans the sources
+        for micro in range(args.grad_accum):
+            # every grad_accum-th sequence: each micro-batch spans the sources, still in order
             m = slice(micro, None, args.grad_accum)
-            ends = (torch.bincount(mine[m], minlength=K).cumsum(0) * T).tolist() if outer else None
+            ends = None
+            if outer:  # where each source's tokens end in the micro-batch
+                ends = (torch.bincount(source[m], minlength=K).cumsum(0) * T).tolist()
             with autocast:
-                loss, token_loss, part = batch_loss(model, head, x[m], y[m], r[m], tokens_per_step, PG, ends)
+                loss, token_loss, parts = batch_loss(model, head, x[m], y[m], weight[m],
+                                                     tokens_per_step, PG, ends)
             loss.backward()
-            step_loss.index_add_(0, k[m], token_loss.sum(1))
-            step_learned.index_add_(0, k[m], (y[m] != IGNORE).float().sum(1))
-            parts += part
-            weighted_loss += loss.detach()
-        add_up(step_sums, *(p.grad for p in net.parameters()))
+            train_loss_sum += loss.detach()
+            k = source[m].to(device)
+            step_loss.index_add_(0, k, token_loss.sum(1))
+            step_learned.index_add_(0, k, (y[m] != IGNORE).float().sum(1))
+            if outer:
+                step_parts += parts
+        add_up(step_drawn, step_loss, step_learned, step_parts,
+               *(p.grad for p in net.parameters() if p.grad is not None))
         torch.nn.utils.clip_grad_norm_(net.parameters(), args.grad_clip or math.inf)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        sums += step_sums[:2]
+        loss_sum += step_loss
+        learned_sum += step_learned
 
         # ---- outer step, second half: move the mixture
         if outer:
-            _, learned, parts = step_sums.cpu().double()  # each (K,)
+            learned = step_learned.double().cpu()
             present = learned > 0
-            A = parts * tokens_per_step / (weights * learned)  # a mean over learned tokens, without the loss weight
-            measured += torch.stack([torch.where(present, A, 0.0), present])
-            A = per_drawn_token(A, alpha, density, present)  # the same, where no set has masks
-            mixture_step(state.z, A, present, args.learning_rate_mixture)
+            # per learned token, and without its loss weight
+            A = step_parts.double().cpu() * tokens_per_step / (r * learned)  # (K,)
+            alignment_sum += torch.where(present, A, 0.0)
+            alignment_count += present
+            mixture_step(state.z, A, present, density, args.learning_rate_mixture)
             within_bounds(state.z, lower, upper)
         state.run_sum += alpha
-        state.half_sum += alpha * (step >= args.max_steps // 2)
-        state.drawn += torch.bincount(torch.from_numpy(source), minlength=K) * T
+        if step >= args.max_steps // 2:
+            state.half_sum += alpha
+        state.drawn += step_drawn.cpu()
         state.step += 1
+        steps_taken += 1
 
     # ---- results
     with autocast:
-        val = {s.name: evaluate(model, head, s, "val", args.eval_tokens, args.batch_size) for s in sets}
-        test = {t.name: evaluate(model, head, t, "test", TEST_TOKENS, args.batch_size) for t in targets}
-    if rank == 0:
-        bytes_per_token, tokens_per_document = torch.tensor([s.averages() for s in sources]).T  # (K,)
-        result = save_result(
-            out, names, searched=searching,
-            targets={t.name: {"weight": weight, "val_loss": val[t.name], "test_loss": test[t.name],
-                              "test_bits_per_byte": test[t.name] / math.log(2) * t.tokens_per_byte("test"),
-                              "learned_only": t.masked} for t, weight in zip(targets, target_weights)},
-            mixtures={"last": alpha, "last_half_average": state.half_sum, "run_average": state.run_sum},
-            sources={"tokens_available": available, "tokens_seen": state.drawn, "lower": lower, "upper": upper,
-                     "val_loss": torch.tensor([val[n] for n in names]),
-                     "bytes_per_token": bytes_per_token, "tokens_per_document": tokens_per_document},
-            tokenizer=settings["tokenizer"], seed=args.seed, steps=step, tokens=step * tokens_per_step,
-            seconds=round(state.seconds, 1), torch=torch.__version__, settings=vars(args))
-        say(f"\n{result_table(result)}\nwrote {out}/mixture.json, log.jsonl and ckpt.pt; draw them with: "
-            f"python plot_mixture.py {out}")
+        val = evaluate(model, head, dict.fromkeys((*sources, *targets)), "val", args.eval_tokens,
+                       args.batch_size)
+        test = evaluate(model, head, targets, "test", TEST_TOKENS, args.batch_size)
+    if rank > 0:
+        return
+    found = state.half_sum / state.half_sum.sum()  # (K,) the mixture to use
+    bytes_per_token, tokens_per_document = torch.tensor([s.averages() for s in sources]).T  # (K,)
+    size = found * bytes_per_token
+    result = {
+        "mixture": by_name(names, found),
+        "recommended": "last_half_average",
+        "unit": "tokens",
+        "bytes": by_name(names, size / size.sum()),  # these shares hold for any tokenizer
+        "mixtures": {"last": by_name(names, alpha), "last_half_average": by_name(names, found),
+                     "run_average": by_name(names, state.run_sum / state.run_sum.sum())},
+        "target": [t.name for t in targets],
+        "test_loss": 0.0,
+        "test_bits_per_byte": 0.0,
+        "before": state.before,
+        "targets": {},
+        "sources": {},
+        "searched": searching,
+        "tokenizer": sources[0].tokenizer,
+        "seed": args.seed,
+        "steps": step,
+        "tokens": step * tokens_per_step,
+        "seconds": round(state.seconds, 1),
+        "torch": torch.__version__,
+        "settings": vars(args)}
+    for t, weight in zip(targets, target_weights):
+        bits_per_byte = test[t.name] / math.log(2) * t.tokens_per_byte("test")
+        result["test_loss"] += weight * test[t.name]
+        result["test_bits_per_byte"] += weight * bits_per_byte
+        result["targets"][t.name] = {
+            "weight": weight, "val_loss": val[t.name], "test_loss": test[t.name],
+            "test_bits_per_byte": bits_per_byte, "learned_only": t.masked}
+    columns = {  # each (K,)
+        "tokens_available": available,
+        "tokens_seen": state.drawn,
+        "epochs_seen": state.drawn / available,  # in this run
+        "epochs": found * planned_tokens / available,  # in the real run, at the mixture found
+        "start": state.start,
+        "lower": lower,
+        "upper": upper,
+        "bytes_per_token": bytes_per_token,
+        "tokens_per_document": tokens_per_document}
+    for k, name in enumerate(names):
+        row = {what: column[k].item() for what, column in columns.items()}
+        row["val_loss"] = val[name]
+        row["bound"] = bound_reached(found[k].item(), row["lower"], row["upper"])
+        result["sources"][name] = row
+    text = json.dumps(result, indent=1) + "\n"
+    save_atomically(out / "mixture.json", lambda file: file.write(text.encode()))
+    say(f"\n{result_table(result)}\nwrote {out}/mixture.json, log.jsonl and ckpt.pt")
+    try:
+        say(f"drew {draw_run(out)}")
+    except (ImportError, ValueError) as error:  # no matplotlib; a log.jsonl that is damaged
+        say(f"drew no picture: {error}")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        say("\nstopped; to resume from the last report, repeat the command with --resume")
+        sys.exit(130)
+    except OSError as error:  # a full disk, a folder that may not be written, a file that is gone
+        fail(error)
