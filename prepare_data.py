@@ -366,7 +366,7 @@ def read_pair(record, prompt_key, response_key):
     return chat_parts(prompt, learn=False) + answer
 
 
-def key_error(record, wanted):
+def missing_key(record, wanted):
     """The error of a record that lacks a key."""
     known = ["text", *CHATS, *("/".join(pair) for pair in PAIRS)]
     return ValueError(f"no {wanted} in it, but {', '.join(list(record)[:8])}; known are "
@@ -379,7 +379,7 @@ def read_by_given_keys(record, args):
     keys = [args.text_key] if args.text_key else [args.prompt_key, args.response_key]
     for key in keys:
         if key not in record:
-            raise key_error(record, key)
+            raise missing_key(record, key)
     if args.text_key:
         return "text", [(text_of(record[args.text_key]), True)]
     return "/".join(keys), read_pair(record, *keys)
@@ -398,7 +398,7 @@ def read_by_known_keys(record):
     if "chosen" in record:
         raise ValueError("chosen and rejected answers are preferences, which are not trained on; "
                          "to learn the chosen ones, add --prompt_key prompt --response_key chosen")
-    raise key_error(record, "known key")
+    raise missing_key(record, "known key")
 
 
 def read_record(record, args):
@@ -412,11 +412,11 @@ def read_record(record, args):
         prompt, response                 prompt/response      the response
         prompt, completion               prompt/completion    the completion
         question, answer                 question/answer      the answer
-        instruction, output (input)      instruction/output   the output
+        instruction, output (and input)  instruction/output   the output
         text                             text                 all of it
 
-    The two of a pair are texts, or lists of turns as a chat is. Raises ValueError, with a message
-    for the user.
+    The two of a pair are texts, or lists of turns as a chat is. An input that is not empty follows
+    its instruction. Raises ValueError, with a message for the user.
     """
     if not isinstance(record, dict):
         raise ValueError(f"a JSON object is needed, not a {type(record).__name__}")
@@ -436,7 +436,9 @@ def read_record(record, args):
 # split of tokens would put some of them on either side. But a book would be one document, and all
 # of it train or all of it test; so long ones are divided by the page.
 #
-# All functions here are generators. They hold one page, or one record, at a time.
+# The functions here are generators: a unit passes through all of them, and is written, before the
+# next one is read. own_units() goes through the files of a set, file_units() through a file, and
+# record_units() through its records; text_units() cuts a document into pages.
 
 class Unit(NamedTuple):
     """What goes to one split as a whole: an example, a document, or a page of a long document."""
@@ -544,11 +546,12 @@ class Progress:
 
 def own_units(name, files, args):
     """The units of all files of a set, which must be of one schema."""
-    progress = Progress(sum(map(os.path.getsize, files)))
+    sizes = [os.path.getsize(path) for path in files]
+    progress = Progress(sum(sizes))
     bytes_before = 0  # in the files before this one
     n_empty = 0
     schema = None
-    for path in files:
+    for path, size in zip(files, sizes):
         try:
             with open(path, "rb") as raw:
                 for where, unit in file_units(path, raw, args):
@@ -563,8 +566,9 @@ def own_units(name, files, args):
                     yield unit
                     progress.show(bytes_before + raw.tell())
         except (OSError, EOFError, zlib.error) as error:  # a broken gzip file raises any of them
-            fail(f"cannot read {path} ({getattr(error, 'strerror', None) or error})")
-        bytes_before += os.path.getsize(path)
+            reason = getattr(error, "strerror", None) or error
+            fail(f"cannot read {path} ({reason})")
+        bytes_before += size
     if n_empty:
         say(f"  {name}: left out {n_empty:,} records without a text to learn")
 
@@ -750,6 +754,11 @@ class TokenFile:
         os.fsync(self.file.fileno())
         return self.hash.hexdigest()
 
+    def close(self):
+        # After an error, say a full disk, there may be a rest that cannot be written either.
+        with contextlib.suppress(OSError):
+            self.file.close()
+
 
 class SplitWriter:
     """One split's tokens and, for examples, its mask; with counts and a sketch for meta.json."""
@@ -769,7 +778,9 @@ class SplitWriter:
         """Adds a unit. Its parts are tokenized as one text, since that is what a model will see."""
         # JSON can hold halves of characters (lone surrogates), which no tokenizer can encode.
         raw = [text.encode("utf-8", "replace") for text, _ in parts]
-        ids = self.tokenizer.encode_to_numpy(b"".join(raw).decode(), disallowed_special=())
+        text = b"".join(raw).decode()
+        # Text that spells <|endoftext|> is text like any other: nothing is special, nor an error.
+        ids = self.tokenizer.encode_to_numpy(text, disallowed_special=())
         self.tokens.append(ids)
         self.counts["tokens"] += len(ids)
         self.counts["bytes"] += sum(map(len, raw))
@@ -820,12 +831,10 @@ class SplitWriter:
         return self.counts
 
     def close(self):
-        """Closes the files. After finish() nothing is left to write; after an error, on a full disk
-        say, what is left may fail again, and is not wanted any more."""
-        for file in (self.tokens, self.mask):
-            if file:
-                with contextlib.suppress(OSError):
-                    file.file.close()
+        """Closes the files; after finish(), or to give up."""
+        self.tokens.close()
+        if self.mask:
+            self.mask.close()
 
 
 def place(parts, seed):
@@ -843,9 +852,9 @@ def place(parts, seed):
 
 def split_bounds(name, first, seed, fractions):
     """
-    Returns val_end and test_start: a unit whose place is below val_end goes to val, from test_start
-    on to test. With `first`, the first FEW units, being all there are, val and test get at least
-    one each.
+    Returns val_end and test_start: a unit whose place is below val_end goes to val, one from
+    test_start on to test. If `first`, the first FEW units, are all there are, val and test get at
+    least one each.
 
         0      val_end                                    test_start      1
         |--val--|-------------------train---------------------|---test----|
@@ -900,7 +909,7 @@ def make_partial_folder(final):
     except FileExistsError:
         # We cannot tell which: a killed program leaves its folder, and no lock works everywhere.
         fail(f"{partial} exists: another program may be writing it now, or one was killed while it "
-             f"did; if none is, delete it: rm -r {shlex.quote(str(partial))}")
+             f"did; if none is running, delete it with: rm -r {shlex.quote(str(partial))}")
     except OSError as error:
         fail(f"cannot write {partial}: {error.strerror}")
     return partial
@@ -1040,9 +1049,9 @@ def places_at(u, n, extra, visible):
     # The whole part of u * stretches says which stretch, the rest how far into it.
     stretch, within = np.divmod(u * stretches, 1)
     stretch_start = stretch * n / stretches
-    # Windows must end within the stretch, so that their starts have `extra` places less.
-    place = stretch_start + within * (n_visible / stretches - extra)
-    return place.astype(np.int64)
+    # A window must end within its stretch, so the last `extra` places are no starts.
+    start = stretch_start + within * (n_visible / stretches - extra)
+    return start.astype(np.int64)
 
 
 def spread_evenly(n, wanted):
@@ -1255,7 +1264,6 @@ class TokenSet:
 
     def examples(self, split):
         """Where examples start and end, (E,) and (E,): the last token of each is <|endoftext|>."""
-        # text that spells <|endoftext|> is tokenized as text, so this id only ends examples
         ends = np.flatnonzero(self.tokens(split) == self.meta["eot_token"]) + 1
         if len(ends) == 0 or ends[-1] != len(self.tokens(split)):
             self.fail_damaged(f"{self.name}/{split}.bin does not end in <|endoftext|> as examples "

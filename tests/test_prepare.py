@@ -500,7 +500,7 @@ def test_two_preparations_of_one_name(texts):
     process.communicate()
     assert (texts / "data" / ".x.partial" / "train.bin").exists()
     assert refused("prepare_data.py", "x=small.txt", cwd=texts) == line
-    command = line.split("delete it: ")[1]
+    command = line.split("delete it with: ")[1]
     assert command == "rm -r data/.x.partial"
     subprocess.run(command, shell=True, check=True, cwd=texts)
     run("prepare_data.py", "x=small.txt", cwd=texts)
