@@ -888,7 +888,8 @@ def main(argv=None):
     if rank > 0:
         return
     found = state.half_sum / state.half_sum.sum()  # (K,) the mixture to use
-    bytes_per_token, tokens_per_document = torch.tensor([s.averages() for s in sources]).T  # (K,)
+    averages = torch.tensor([s.averages() for s in sources], dtype=torch.float64)
+    bytes_per_token, tokens_per_document = averages.T  # (K,)
     size = found * bytes_per_token
     result = {
         "mixture": by_name(names, found),
@@ -921,7 +922,7 @@ def main(argv=None):
     columns = {  # each (K,)
         "tokens_available": available,
         "tokens_seen": state.drawn,
-        "epochs_seen": state.drawn / available,  # in this run
+        "epochs_seen": state.drawn.double() / available,  # in this run
         "epochs": found * planned_tokens / available,  # in the real run, at the mixture found
         "start": state.start,
         "lower": lower,
