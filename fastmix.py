@@ -184,8 +184,13 @@ def open_run(argv):
     ckpt = None
     if args.init_from:
         ckpt = load_checkpoint(args.init_from, "--init_from takes a ckpt.pt of fastmix.py")
-        flags = ("n_layer", "n_head", "n_embd", "block_size")
-        args = parse_args(argv, {flag: ckpt["config"][flag] for flag in flags})
+        config = ckpt["config"]
+        flags = ("n_layer", "n_head", "n_embd")
+        args = parse_args(argv, {flag: config[flag] for flag in (*flags, "block_size")})
+        for flag in flags:
+            if getattr(args, flag) != config[flag]:
+                fail(f"{args.init_from} has --{flag} {config[flag]}, not {getattr(args, flag)}; "
+                     "leave the flag out")
     return args, ckpt
 
 
@@ -665,14 +670,15 @@ def open_sets(args, ckpt, visible):
     if 0 in weights.values():
         fail(f"--target '{args.target}': leave out a target that weighs nothing")
     sets = load_sets(args.data_dir, names, list(weights), args.block_size, visible)
-    if ckpt:
-        first = sets[names[0]]
-        if (ckpt["tokenizer"], ckpt["config"]["vocab_size"]) != (first.tokenizer, first.vocab_size):
-            fail(f"the checkpoint was trained with the tokenizer {ckpt['tokenizer']}, but "
-                 f"'{first.name}' was prepared with {first.tokenizer}")
-    if args.resume and ckpt["digests"] != {name: s.digest for name, s in sets.items()}:
-        fail(f"the data in {args.data_dir}/ is not what {args.out_dir}/ckpt.pt was trained on; "
-             "prepare it as it was, or start a new run in another --out_dir")
+    first = sets[names[0]]
+    if args.resume:
+        if ckpt["digests"] != {name: s.digest for name, s in sets.items()}:
+            fail(f"the data in {args.data_dir}/ is not what {args.out_dir}/ckpt.pt was trained on; "
+                 "prepare it as it was, or start a new run in another --out_dir")
+    elif ckpt and (ckpt["tokenizer"], ckpt["config"]["vocab_size"]) != (first.tokenizer,
+                                                                        first.vocab_size):
+        fail(f"{args.init_from} was made with the tokenizer {ckpt['tokenizer']}, '{first.name}' "
+             f"with {first.tokenizer}; prepare the sets with the checkpoint's")
     total = sum(weights.values())
     return ([sets[name] for name in names], [sets[name] for name in weights],
             [weight / total for weight in weights.values()])
