@@ -179,8 +179,9 @@ def open_run(argv):
 
     held = [name for name in ("log.jsonl", "ckpt.pt", "mixture.json") if (out / name).exists()]
     if held:
-        fail(f"{out}/ holds another run ({', '.join(held)}); add --resume to resume it, choose "
-             "another --out_dir, or delete those files")
+        resume = "add --resume to resume it, " if "ckpt.pt" in held else ""
+        fail(f"{out}/ holds another run ({', '.join(held)}); {resume}choose another --out_dir, or "
+             "delete those files")
     ckpt = None
     if args.init_from:
         ckpt = load_checkpoint(args.init_from, "--init_from takes a ckpt.pt of fastmix.py")
@@ -408,9 +409,9 @@ def alignments(parts, r, learned, n_tokens):
     Formula (2): A (K,), each source's alignment per learned token. parts_k = <PG, dW_k>, where dW_k
     is r_k / n_tokens times the sum of (p_t - y_t) h_t^T over source k's learned tokens. Without
     that weight, and divided by the number of these tokens, learned_k, the sum is a mean, g_k.
-    NaN for a source that is not in the batch.
+    0, which says nothing, for a source that is not in the batch.
     """
-    return parts * n_tokens / (r * learned)
+    return torch.where(learned > 0, parts * n_tokens / (r * learned), 0.0)
 
 
 # ---- (3) the mixture ---------------------------------------------------------------------------
@@ -575,7 +576,7 @@ def add_up(*tensors):
 
 
 def learning_rate_at(step, args):
-    """AdamW's learning rate at a step: linear warm-up, then cosine decay to a tenth of the peak."""
+    """The learning rate at a step: linear warm-up, then cosine decay to a tenth of the peak."""
     if step < args.warmup_steps:
         return args.learning_rate * (step + 1) / (args.warmup_steps + 1)
     done = (step - args.warmup_steps) / max(1, args.max_steps - args.warmup_steps)
@@ -724,7 +725,8 @@ def main(argv=None):
 
     # model and optimizer
     torch.manual_seed(args.seed)
-    config = GPTConfig(sources[0].vocab_size, T, args.n_layer, args.n_head, args.n_embd)
+    config = GPTConfig(vocab_size=sources[0].vocab_size, block_size=T, n_layer=args.n_layer,
+                       n_head=args.n_head, n_embd=args.n_embd)
     net = GPT(config).to(device)
     model = torch.compile(net) if args.compile else net
     head = net.lm_head.weight  # (V, C)
@@ -783,7 +785,10 @@ def main(argv=None):
             target_loss = float(np.dot(target_weights, list(target_losses.values())))
             add_up(train_loss_sum)
             train_loss = train_loss_sum.item() / max(steps_taken, 1)
-            numbers = (torch.tensor([train_loss, target_loss]), alpha, *net.parameters())
+            if not alpha.isfinite().all():
+                fail(f"the mixture is no longer finite at step {step}; the last good checkpoint "
+                     f"stays. Lower --learning_rate_mixture {args.learning_rate_mixture:g}")
+            numbers = (torch.tensor([train_loss, target_loss]), *net.parameters())
             if not all(tensor.isfinite().all() for tensor in numbers):
                 fail(f"the loss is no longer finite at step {step}; the last good checkpoint "
                      f"stays. Lower --learning_rate {args.learning_rate:g} in a new run, or "
@@ -830,7 +835,7 @@ def main(argv=None):
             state.S.lerp_(s_val, 1 - DECAY)
             v = torch.ones_like(head)  # before the first step AdamW has none
             if step > 0:
-                v = optimizer.state[head]["exp_avg_sq"]
+                v = optimizer.state[head]["exp_avg_sq"]  # another optimizer: see Fork it, README
             PG = inverse_curvature(state.G, state.S, v)
 
         # ---- inner step: train on sequences drawn by q, weighted by r
@@ -877,7 +882,7 @@ def main(argv=None):
             learned = step_learned.double().cpu()
             present = learned > 0
             A = alignments(step_parts.double().cpu(), r, learned, tokens_per_step)  # (K,)
-            alignment_sum += torch.where(present, A, 0.0)
+            alignment_sum += A
             alignment_count += present
             mixture_step(state.z, A, present, density, args.learning_rate_mixture)
             within_bounds(state.z, lower, upper)

@@ -1,5 +1,6 @@
 """
-What a fork replaces: a GPT in the style of nanoGPT, its initialisation, optimizer and checkpoints.
+A GPT in the style of nanoGPT with its initialisation and optimizer, which a fork replaces; and
+reading and writing of checkpoints, which a fork keeps.
 
 The GPT differs from nanoGPT's in two points.
 
@@ -128,7 +129,7 @@ class GPT(nn.Module):
 
 # ---- checkpoints -------------------------------------------------------------------------------
 
-# beside these a checkpoint holds the run's settings: args, config, tokenizer, digests
+# what a checkpoint holds; the last four are the run's settings
 CHECKPOINT = {"model", "optimizer", "state", "args", "config", "tokenizer", "digests"}
 
 
@@ -166,11 +167,11 @@ def restore(ckpt, path, model, optimizer=None, state=None):
         model.load_state_dict(ckpt["model"])
         if optimizer is not None:
             optimizer.load_state_dict(ckpt["optimizer"])
-            # which compares the number of tensors, and not their shapes
+            # load_state_dict() compares the number of tensors, and not their shapes
             for p, moments in optimizer.state.items():
-                for moment in moments.values():
-                    if moment.dim() > 0 and moment.shape != p.shape:
-                        raise ValueError("another model's optimizer")
+                for name in ("exp_avg", "exp_avg_sq"):
+                    if name in moments and moments[name].shape != p.shape:
+                        raise ValueError("the optimizer's state is another model's")
         if state is not None:
             for name, value in vars(state).items():
                 stored = ckpt["state"][name]
@@ -181,5 +182,6 @@ def restore(ckpt, path, model, optimizer=None, state=None):
                 else:
                     value.copy_(stored)
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        fail(f"{path} does not fit this model and its settings ({type(error).__name__}); it is "
-             "damaged, or another version wrote it")
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        fail(f"{path} does not fit this model and its settings; it is damaged, or model.py changed "
+             f"since it was written ({reason})")
