@@ -400,8 +400,9 @@ def mixture_step(z, A, present, density, rate):
         dL_val / dalpha_k = -(density_k / M) (A_k - sum_j beta_j A_j),
 
     and without masks density = 1, beta = alpha. A gradient's scale says nothing here, so the step
-    is in units of the alignments' root mean square. A source of share s moves by at most
-    rate / sqrt(s). present (K,): a source that is not in the batch keeps its logit.
+    is in units of the alignments' root mean square. That bounds it: a source moves by at most
+    rate (density_k / M) / sqrt(beta_k), without masks rate / sqrt(alpha_k), so that a source of
+    small share may move far. present (K,): a source that is not in the batch keeps its logit.
     """
     alpha = torch.softmax(z, 0)
     A = torch.where(present, A, 0.0)
@@ -906,7 +907,10 @@ def main(argv=None):
     text = json.dumps(result, indent=1) + "\n"
     save_atomically(out / "mixture.json", lambda file: file.write(text.encode()))
     say(f"\n{result_table(result)}\nwrote {out}/mixture.json, log.jsonl and ckpt.pt")
-    say(f"drew {draw_run(out)}")
+    try:
+        say(f"drew {draw_run(out)}")
+    except ImportError:
+        say("no picture: matplotlib is not installed here")
 
 
 if __name__ == "__main__":

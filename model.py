@@ -166,12 +166,20 @@ def restore(ckpt, path, model, optimizer=None, state=None):
         model.load_state_dict(ckpt["model"])
         if optimizer is not None:
             optimizer.load_state_dict(ckpt["optimizer"])
+            # which compares the number of tensors, and not their shapes
+            for p, moments in optimizer.state.items():
+                for moment in moments.values():
+                    if moment.dim() > 0 and moment.shape != p.shape:
+                        raise ValueError("another model's optimizer")
         if state is not None:
             for name, value in vars(state).items():
-                if torch.is_tensor(value):
-                    value.copy_(ckpt["state"][name])
+                stored = ckpt["state"][name]
+                if not torch.is_tensor(value):
+                    setattr(state, name, stored)
+                elif value.shape != stored.shape:
+                    raise ValueError(f"{name} has another shape")
                 else:
-                    setattr(state, name, ckpt["state"][name])
+                    value.copy_(stored)
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         fail(f"{path} does not fit this model and its settings ({type(error).__name__}); it is "
              "damaged, or another version wrote it")

@@ -1,359 +1,571 @@
 """
-Log what fastmix.py finds, read it, draw it and hand it on.
+Reads what fastmix.py wrote: prints its table, draws it, and exports the mixture to trainers.
 
-    python plot_mixture.py out                 a run's table; out/mixture.png, also of one in progress
-    python plot_mixture.py out out-uniform     out/comparison.png: mixtures and target loss of several runs
-    python plot_mixture.py out-1 out-2 out-3   if they differ in the seed alone: mean and range, and what they agree on
-    python plot_mixture.py out --export hf     the mixture, or the mean of several runs', as a trainer takes it
+    python plot_mixture.py out                 the table of a run, and out/mixture.png
+    python plot_mixture.py out out-uniform     out/comparison.png: mixtures and target losses
+    python plot_mixture.py out-1 out-2 out-3   if they differ only in --seed: mean and range
+    python plot_mixture.py out --export hf     the mixture (of several runs: their mean)
+
+A run writes two files. log.jsonl has a row per report, from the first step on, so that a run can
+be drawn while it trains. mixture.json has the results, and is there once the run has ended.
 """
 import argparse
 import contextlib
 import json
-import math
 import os
 from pathlib import Path
 
 import numpy as np
 
-from prepare_data import fail, launched_rank, lock, save_atomically, say
+from prepare_data import fail, save_atomically, say
 
-# Okabe and Ito's palette: told apart with any kind of colour vision. Beyond it, sources share a grey "others".
+# Okabe and Ito's palette, which can be told apart with any kind of colour vision. It has seven
+# colours; where there are more sources, the smaller ones share a grey "others".
 COLOURS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#B8A600"]
-GREY, INK = "#999999", "#222222"
+GREY = "#999999"
+BLACK = "#222222"
+
+# Settings in which two runs may differ and still count as the same search with another seed.
+NO_MATTER = ("seed", "out_dir", "resume", "device", "compile", "log_every")
+
+# Shares below this are not exported: some trainers refuse 0, and a source that is drawn once in
+# 10,000 samples is hardly read.
+SMALLEST_SHARE = 1e-4
 
 
-# ---- logs and results, written and read -----------------------------------------------------------------------------
+# ---- the files of a run ------------------------------------------------------------------------
 
-@contextlib.contextmanager
-def or_fail(what, wrong, mend):
-    """Ends the program with one line where a file cannot be opened, or holds something else than it should."""
+def read_file(path, parse, mend):
+    """
+    parse(text of the file). Raises ValueError with a line that says what is wrong with the file,
+    and `mend`, what the user can do about it.
+    """
     try:
-        yield
+        return parse(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
-        fail(f"{what}: {error.strerror}; {mend}")
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, ArithmeticError) as error:
-        fail(f"{what}: {wrong} ({type(error).__name__}: {error}); {mend}")
+        raise ValueError(f"{path}: {error.strerror}; {mend}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        # no JSON, a key is missing, or something else stands where a number or a dict should
+        raise ValueError(f"{path}: not what this fastmix.py writes "
+                         f"({type(error).__name__}: {error}); {mend}") from error
 
 
-def open_log(out, step, names):
-    """out/log.jsonl, opened to append rows and held, cut back to those up to the checkpoint's step (-1: a new run)."""
-    if launched_rank() > 0:
-        return open(os.devnull, "a")
-    path, mend = Path(out, "log.jsonl"), "put it right, or start a new run in another --out_dir"
-    with or_fail(f"cannot open {path}", "it is not the log of the run in ckpt.pt", mend):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        log = open(path, "a" if step < 0 else "r+")
-        lock(log, out, "wait until it has ended, or choose another --out_dir")
-        lines = path.read_text().splitlines(keepends=True)
-        if step < 0 and lines:  # there were none when this program began
-            fail(f"{path} is the log of another run; choose another --out_dir")
-        if step >= 0:
-            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-            first, last = json.loads(kept[0]), json.loads(kept[-1])
-            if (first["step"], last["step"], list(first["alpha"])) != (0, step, names):
-                raise ValueError("other steps or sources")
-            log.truncate(len("".join(kept).encode()))
-            log.seek(0, os.SEEK_END)
-        return log
-
-
-def by_name(names, values):
-    """(K,) -> {name: value}, None where there is none (NaN), for JSON knows no NaN."""
-    return {n: None if math.isnan(v) else v for n, v in zip(names, values.tolist())}
-
-
-def append_row(log, names, **row):
-    """Writes a row of log.jsonl; tensors (K,) become {name: value}. Returns the row."""
-    row = {key: by_name(names, v) if hasattr(v, "tolist") else v for key, v in row.items()}
-    with or_fail(f"cannot write {log.name}", "", "make room and go on with --resume"):
-        log.write(json.dumps(row) + "\n")
-        log.flush()
-    return row
-
-
-def progress(row, steps_per_second):
-    """A row of the log as the line on the screen, with the largest weights as small bars: python ▆ 0.71  math ▂ 0.20"""
-    line = f"step {row['step']:5d} {row['step'] / row['max_steps']:4.0%} | target {row['target_val_loss']:.3f} | "
-    if row["train_loss"] is not None:
-        line += (f"train {row['train_loss']:.3f} | {row['tokens'] / row['step'] * steps_per_second:,.0f} tok/s | "
-                 f"{(row['max_steps'] - row['step']) / steps_per_second:.0f} s left | ")
-    alpha = row["alpha"]
-    largest = sorted(alpha, key=alpha.get, reverse=True)[:8]
-    return line + "  ".join(f"{n} {'▁▂▃▄▅▆▇█'[min(7, int(a * 8))]} {a:.2f}" for n, a in alpha.items() if n in largest)
-
-
-def save_result(out, names, mixtures, targets, sources, **more):
-    """
-    Writes out/mixture.json and returns its contents. mixtures {name: (K,)}, weights in any unit; targets {target:
-    results}; sources {what: (K,)} for each source. What it began with is in the log's first row.
-    """
-    first = log_rows(Path(out, "log.jsonl"))[0]
-    if "bytes_per_token" in sources:  # shares of bytes, unlike those of tokens, hold for any tokenizer
-        size = mixtures["last_half_average"] * sources["bytes_per_token"]
-        more["bytes"] = by_name(names, size / size.sum())
-    mixtures = {name: by_name(names, m / m.sum()) for name, m in mixtures.items()}
-    mean = {key: sum(t.get("weight", 1 / len(targets)) * t[key] for t in targets.values())
-            for key in ("test_loss", "test_bits_per_byte")}
-    result = {"mixture": mixtures["last_half_average"], "recommended": "last_half_average", "unit": "tokens",
-              "mixtures": mixtures, "target": list(targets), **mean, "targets": targets,
-              "before": first["target_losses"], **more,
-              "sources": {n: {what: values[k].item() for what, values in sources.items()} for k, n in enumerate(names)}}
-    for name, s in result["sources"].items():
-        s |= {"epochs": s["tokens_seen"] / s["tokens_available"], "start": first["alpha"][name],
-              "bound": at_bound(result["mixture"][name], s.get("lower", 0), s.get("upper", 1))}
-    save_atomically(Path(out, "mixture.json"), lambda f: f.write((json.dumps(result, indent=1) + "\n").encode()))
-    return result
-
-
-def log_rows(path):
-    """The rows of a log.jsonl, without a last one that is half written."""
-    return [json.loads(line) for line in Path(path).read_text().splitlines(keepends=True) if line.endswith("\n")]
+def parse_log(text):
+    """The columns of a log.jsonl, as read_log() returns them; {} if it has no row yet."""
+    # a run that is being watched, or was stopped, may have written half of its last row
+    rows = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    if not rows:
+        return {}
+    log = {}
+    for key in ("step", "target_val_loss"):
+        log[key] = np.array([row[key] for row in rows], dtype=float)  # None becomes NaN
+    for key in ("alpha", "alignment", "source_loss", "target_losses"):
+        log[key] = {}
+        for name in rows[0][key]:
+            log[key][name] = np.array([row[key][name] for row in rows], dtype=float)
+    return log
 
 
 def read_log(folder):
-    """{column: (P,) array, or {name: (P,) array}} from folder/log.jsonl; missing values are NaN."""
+    """
+    folder/log.jsonl by column: "step" and "target_val_loss" (n,) for n rows; "alpha",
+    "alignment" and "source_loss" {source: (n,)}; "target_losses" {target: (n,)}. What was not
+    measured is NaN. Raises ValueError.
+    """
     path = Path(folder, "log.jsonl")
-    with or_fail(path, "not a log that fastmix.py wrote", f"a run of fastmix.py --out_dir {folder} writes it"):
-        rows = log_rows(path) or fail(f"{path} is still empty; try again when the run has logged a line")
-        log = {"step": np.array([int(r["step"]) for r in rows]), "target_losses": {}, "lower": {}, "upper": {}}
-        log["target_val_loss"] = np.array([r["target_val_loss"] for r in rows], dtype=float)
-        for key in ("alpha", "alignment", "source_loss", *({"target_losses", "lower", "upper"} & rows[0].keys())):
-            log[key] = {n: np.array([r[key][n] for r in rows], dtype=float) for n in rows[0][key]}
-        return log | {"mixture": {n: a[log["step"] >= log["step"][-1] / 2].mean() for n, a in log["alpha"].items()}}
+    log = read_file(path, parse_log, f"a run of fastmix.py --out_dir {folder} writes it")
+    if not log:
+        raise ValueError(f"{path} is still empty; try again when the run has logged a line")
+    return log
 
 
-def read_mixture(text, names, tokens):
-    """
-    What --mixture names -> a schedule (P, 1 + K): fractions of training and the mixture at each, P = 1 for a constant
-    one. names and tokens (K,) are the sources' and their sizes. Weights need not sum to 1; who is not named gets 0.
-    """
-    fractions, given = [0.0], f"--mixture {text}"
-    with or_fail(given, "not a mixture that fastmix wrote" if text.endswith((".json", ".jsonl")) else
-                 "not a .json or .jsonl file, uniform, proportional, or a=0.8,b=0.2", "a search writes mixture.json"):
-        if text in ("uniform", "proportional"):
-            rows = [dict(zip(names, tokens if text == "proportional" else [1.0] * len(names)))]
-        elif text.endswith(".json"):
-            rows = [json.loads(Path(text).read_text())["mixture"]]
-        elif text.endswith(".jsonl"):
-            log = log_rows(text) or fail(f"{given}: empty")
-            rows, steps = [row["alpha"] for row in log], np.array([float(row["step"]) for row in log])
-            planned = float(log[-1].get("max_steps", steps[-1]))
-            if not (np.diff(steps, append=math.inf) > 0).all():
-                fail(f"{given}: its steps do not rise, so it is not the log of one run")
-            if steps[-1] < planned:
-                fail(f"{given}: its run is at step {steps[-1]:.0f} of {planned:.0f}; finish it first, with --resume")
-            fractions = steps / max(planned, 1)
-        else:
-            pairs = [(name.strip(), float(value)) for name, value in (pair.split("=") for pair in text.split(","))]
-            rows = [dict(pairs)] if len(dict(pairs)) == len(pairs) else fail(f"{given}: a name is given twice")
-        for row in rows:
-            if not isinstance(row, dict) or not row.keys() <= set(names):
-                found = ", ".join(row) if isinstance(row, dict) else repr(row)
-                fail(f"{given} names {found}, but --sources are {', '.join(names)}")
-            bad = [f"{k}={v}" for k, v in row.items() if not (isinstance(v, (int, float)) and 0 <= v < math.inf)]
-            if bad or not 0 < sum(row.values()) < math.inf:
-                fail(f"{given}: {(bad or ['all weights are 0, or too large'])[0]}; weights must be numbers from 0 up")
-    alphas = np.array([[row.get(name, 0.0) for name in names] for row in rows])
-    return np.column_stack([fractions, alphas / alphas.sum(1, keepdims=True)])
+def last_half(log):
+    """{source: share}: the average that a run recommends, or would recommend if it ended now."""
+    late = log["step"] >= log["step"][-1] / 2
+    return {name: alpha[late].mean() for name, alpha in log["alpha"].items()}
 
 
-def mixture_at(schedule, fraction):
-    """The mixture (K,) at a fraction of training, between the rows of a schedule (P, 1 + K), all of them tensors."""
-    at, *columns = schedule.numpy().T
-    return schedule.new_tensor([np.interp(fraction, at, column) for column in columns])
+def parse_result(text):
+    """The dict of a mixture.json."""
+    result = json.loads(text)
+    # the table reads all that is used below, but for the seed; what is missing is noticed here
+    result_table(result, warn=True)
+    if "seed" not in result:
+        raise KeyError("seed")
+    return result
 
 
-def at_bound(share, lower, upper):
-    """Which bound of the search a share is at: "cap", "floor", or "" for none; 0 and 1 are no bounds."""
-    near = [0 < bound < 1 and abs(share - bound) <= max(0.005 * bound, 1e-4) for bound in (upper, lower)]
-    return "cap" if near[0] else "floor" if near[1] else ""
+def read_result(folder):
+    """The dict of folder/mixture.json; raises ValueError."""
+    return read_file(Path(folder, "mixture.json"), parse_result,
+                     "finish the run, or search again with this version")
 
+
+# ---- tables ------------------------------------------------------------------------------------
 
 def result_table(result, warn=False):
-    """The lines that a run ends with, from the dict in mixture.json; warn: also if its search collapsed or moved on."""
-    mixture, count, width = result["mixture"], len(result["targets"]), max(12, *map(len, result["mixture"]))
-    tokens = int(result["settings"].get("train_tokens") or result["tokens"])
-    lines = [f"{'source':{width}s} {'tokens':>14s} {'start':>7s} {'final':>7s} {'epochs':>7s} {'val loss':>9s}"]
-    for name, s in result["sources"].items():
-        share, bound = mixture[name], at_bound(mixture[name], s.get("lower", 0), s.get("upper", 1))
-        lines.append(f"{name:{width}s} {s['tokens_available']:14,d} {s['start']:7.3f} {share:7.3f} "
-                     f"{share * tokens / s['tokens_available']:7.2f} {s['val_loss']:9.3f}"
-                     + f"  final at its {bound}" * bool(bound))
-    lines.append(f"final: average of the last half; epochs: of {tokens:,} tokens drawn by it; loss: nats a token")
-    for name, t in result["targets"].items():
-        lines.append(f"target {name}: test loss {t['test_loss']:.4f} nats a {'learned ' * t['learned_only']}token, "
-                     f"{t['test_bits_per_byte']:.4f} bits a byte; val loss {result['before'][name]:.4f} before, "
-                     f"{t['val_loss']:.4f} after" + f"; weight {t.get('weight', 1 / count):.3f}" * (count > 1))
-    if count > 1:
-        lines.append(f"mean of the targets: test loss {result['test_loss']:.4f} nats a token, "
-                     f"{result['test_bits_per_byte']:.4f} bits a byte")
-    if warn and result.get("searched") and len(mixture) > 1:
-        name, mend = max(mixture, key=mixture.get), "raise --max_steps, or lower --learning_rate_mixture"
-        moved = sum(abs(result["mixtures"]["last"][n] - mixture[n]) for n in mixture) / 2  # total variation
-        if mixture[name] > 0.9:
-            lines.append(f"warning: nearly all of the mixture is {name}; unless it is the target's kind, {mend}")
-        if moved > 0.2:  # as searches at 10 and 50 times the default rate may
-            lines.append(f"warning: {moved:.0%} of the last mixture is not in that average; {mend}")
+    """
+    The lines that a run ends with, from the dict of mixture.json: sources, then targets.
+    warn: also lines on a search that collapsed or was still moving when it ended.
+    """
+    mixture = result["mixture"]
+    width = max(12, *map(len, mixture))
+    lines = [f"{'source':{width}s} {'tokens':>14s} {'start':>7s} {'final':>7s} {'epochs':>7s} "
+             f"{'val loss':>9s}"]
+    for name, source in result["sources"].items():
+        line = (f"{name:{width}s} {source['tokens_available']:14,d} {source['start']:7.3f} "
+                f"{mixture[name]:7.3f} {source['epochs']:7.2f} {source['val_loss']:9.3f}")
+        if source["bound"]:  # "cap" or "floor": what --bounds or --max_epochs allow
+            line += f"  final at its {source['bound']}"
+        lines.append(line)
+    # a search may be shorter than the run that it is for, whose length then is --train_tokens
+    tokens = result["settings"].get("train_tokens") or result["tokens"]
+    lines.append("final: share of the tokens, average over the last half of the run")
+    lines.append(f"epochs: how often each source is read when {tokens:,.0f} tokens are drawn by it")
+    lines.append("val loss: loss per token (nats) on the source's own val split")
+    for name, target in result["targets"].items():
+        line = (f"target {name}: {losses_in_words(target)}; "
+                f"val loss {result['before'][name]:.4f} before, {target['val_loss']:.4f} after")
+        if len(result["targets"]) > 1:
+            line += f"; weight {target['weight']:.3f}"
+        lines.append(line)
+    if len(result["targets"]) > 1:
+        lines.append(f"mean of the targets: {losses_in_words(result)}")
+    if warn:
+        lines += search_warnings(result)
     return "\n".join(lines)
+
+
+def losses_in_words(record):
+    """The test loss of a target, or of their mean, in words."""
+    # of prompts with responses only the responses are learned, and only their tokens count
+    token = "learned token" if record.get("learned_only") else "token"
+    return (f"test loss {record['test_loss']:.4f} per {token}, "
+            f"{record['test_bits_per_byte']:.4f} bits per byte")
+
+
+def search_warnings(result):
+    """Lines on a search that put all on one source, or whose mixture had not settled."""
+    mixture = result["mixture"]
+    if not result["searched"] or len(mixture) == 1:
+        return []
+    lines = []
+    mend = "raise --max_steps, or lower --learning_rate_mixture"
+    largest = max(mixture, key=mixture.get)
+    if mixture[largest] > 0.9:
+        lines.append(f"warning: nearly all of the mixture is {largest}; "
+                     f"unless it is the same kind of text as the target, {mend}")
+    # total variation: the share that would have to move to make one mixture of the other
+    last = result["mixtures"]["last"]
+    moved = sum(abs(last[name] - mixture[name]) for name in mixture) / 2
+    if moved > 0.2:  # as in searches at 10 and 50 times the default rate
+        lines.append(f"warning: the mixture still moves: {moved:.0%} of the last one "
+                     f"is not in the average; {mend}")
+    return lines
+
+
+def differ_in_seed_alone(results):
+    """Whether R results of mixture.json come from the same search, repeated with other seeds."""
+    kinds = []
+    for result in results:
+        kind = {key: value for key, value in result["settings"].items() if key not in NO_MATTER}
+        # by default, sources and targets are what is prepared, which may have changed meanwhile
+        kind["sources"] = list(result["mixture"])
+        kind["target"] = list(result["targets"])
+        kinds.append(kind)
+    return all(kind == kinds[0] for kind in kinds)
 
 
 def seed_table(results):
-    """How far R runs that differ in the seed alone agree, as lines; "" if they differ in more, or are not finished."""
-    no_matter = ("seed", "out_dir", "resume", "device", "compile", "log_every")
-    kinds = [{k: v for k, v in r.get("settings", {}).items() if k not in no_matter} for r in results]
-    if not kinds[0] or any(kind != kinds[0] for kind in kinds):
-        return ""
-    shares = {n: np.array([r["mixture"][n] for r in results]) for n in results[0]["mixture"]}  # {name: (R,)}
-    width, order = max(12, *map(len, shares)), sorted(shares, key=lambda n: -shares[n].mean())
+    """How far R runs that differ in the seed alone agree, as lines."""
+    shares = {}  # {source: (R,)}
+    for name in results[0]["mixture"]:
+        shares[name] = np.array([result["mixture"][name] for result in results])
+    width = max(12, *map(len, shares))
     lines = [f"{'source':{width}s} {'mean share':>10s} {'lowest':>8s} {'highest':>8s}"]
-    lines += [f"{n:{width}s} {s.mean():10.3f} {s.min():8.3f} {s.max():8.3f}" for n, s in shares.items()]
-    swaps = {a: [b for b in order[i + 1:] if (shares[a] < shares[b]).any()] for i, a in enumerate(order)}
-    swaps = "; ".join(f"{a} and {', '.join(others)}" for a, others in swaps.items() if others)
-    lines.append(f"cannot be told apart: {swaps or 'none, all seeds give the same order'}")
-    losses = {f"target {t}": [r["targets"][t]["test_loss"] for r in results] for t in results[0]["targets"]}
-    if len(losses) > 1:
-        losses["mean of the targets"] = [r["test_loss"] for r in results]
-    lines += [f"{t}: test loss {np.mean(x):.4f} nats a token, {min(x):.4f} to {max(x):.4f} over {len(x)} seeds"
-              for t, x in losses.items()]
+    for name, share in shares.items():
+        lines.append(f"{name:{width}s} {share.mean():10.3f} {share.min():8.3f} {share.max():8.3f}")
+
+    # two sources cannot be told apart if the one with the smaller mean is larger for some seed
+    order = sorted(shares, key=lambda name: shares[name].mean(), reverse=True)
+    pairs = []
+    for i, larger in enumerate(order):
+        others = [name for name in order[i + 1:] if (shares[name] > shares[larger]).any()]
+        if others:
+            pairs.append(f"{larger} and {', '.join(others)}")
+    pairs = "; ".join(pairs) if pairs else "none, all seeds give the same order"
+    lines.append(f"cannot be told apart: {pairs}")
+
+    test_loss = {}  # {target: R numbers}
+    for target in results[0]["targets"]:
+        test_loss[f"target {target}"] = [r["targets"][target]["test_loss"] for r in results]
+    if len(test_loss) > 1:
+        test_loss["mean of the targets"] = [r["test_loss"] for r in results]
+    for name, values in test_loss.items():
+        lines.append(f"{name}: test loss {np.mean(values):.4f} per token, {min(values):.4f} to "
+                     f"{max(values):.4f} over {len(values)} seeds")
     return "\n".join(lines)
 
 
-def export(trainer, results):
-    """The lines that let a trainer draw by the mixture of a run, or the mean of several, in the trainer's own unit."""
-    sources, others, examples = results[0]["sources"], results[-1]["sources"], trainer in ("hf", "llamafactory")
-    if sources.keys() != others.keys():
-        fail(f"--export takes runs of the same sources, not {', '.join(sources)} and {', '.join(others)}")
-    mean = {n: sum(r["mixture"][n] for r in results) / len(results) for n in sources}
-    p = {n: a / (sources[n]["tokens_per_document"] if examples else 1) for n, a in mean.items() if a >= 1e-4}
-    p = {n: round(a / sum(p.values()), 8) for n, a in p.items()}
-    p[max(p, key=p.get)] += 1 - sum(p.values())  # what rounding left over
-    p, left = {n: f"{a:.8f}" for n, a in p.items()}, ", ".join(n for n in mean if n not in p)
-    unit = "examples = shares of tokens / tokens a document" if examples else "fixed-length samples = shares of tokens"
-    return f"# shares of {unit}" + f"; left out, under 0.0001: {left}" * bool(left) + "\n" + {  # trainers refuse 0
-        "megatron": "--data-path " + " ".join(f"{a} {n}_text_document" for n, a in p.items()),
-        "mosaic": "\n".join(["streams:", *(f'  "{n}":\n    local: "{n}"\n    proportion: {a}' for n, a in p.items())]),
-        "llamafactory": f'dataset: "{",".join(p)}"\nmix_strategy: interleave_over\n'
-                        f'interleave_probs: "{",".join(p.values())}"',
-        "hf": f"from datasets import interleave_datasets  # yours: {{name: its Dataset}}\n"
-              f"p = {{{', '.join(f'{n!r}: {a}' for n, a in p.items())}}}\n"
-              "mixed = interleave_datasets([yours[n] for n in p], probabilities=list(p.values()), "
-              f'seed={results[0]["seed"]}, stopping_strategy="all_exhausted")'}[trainer]
+# ---- pictures ----------------------------------------------------------------------------------
 
+@contextlib.contextmanager
+def picture(path, height):
+    """`with picture(path, height) as fig:` gives a figure to draw on, then saves it as a PNG."""
+    # Agg draws into memory and needs no display; MPLBACKEND may name a backend that is not here
+    os.environ["MPLBACKEND"] = "agg"
+    import matplotlib.figure  # here, not above: a table or an export does without it
+    style = {"axes.spines.top": False, "axes.spines.right": False, "axes.titlelocation": "left",
+             "axes.titlesize": 11, "legend.frameon": False,
+             "text.usetex": False, "text.parse_math": False}  # a $ in a name is no formula
+    with matplotlib.rc_context(style):
+        fig = matplotlib.figure.Figure((10, height), dpi=110, layout="constrained")
+        yield fig
+        save_atomically(path, lambda file: fig.savefig(file, format="png"))
 
-# ---- pictures -------------------------------------------------------------------------------------------------------
 
 def short(name):
-    """A name for the picture: 30 characters of a longer one."""
-    return name if len(name) <= 30 else f"{name[:15]}…{name[-14:]}"
+    """A name as the picture shows it: a long one without its middle, of 30 characters."""
+    # a path may have bytes that are no text; they are shown as ?
+    name = str(name).encode(errors="replace").decode()
+    if len(name) > 30:
+        name = f"{name[:15]}…{name[-14:]}"
+    return name
 
 
-def draw_curves(ax, curves, skip, window=1):
-    """Draws curves [(x (P,), y (P,), label, colour, width, dash)]. Returns what label_ends() takes."""
-    ends, seen = [], []
-    for x, y, label, colour, width, dash in curves:
-        x, y, ones = x[np.isfinite(y)], y[np.isfinite(y)], np.ones(window)
-        if len(y) >= window > 1:  # a moving average, and thin what it smooths
-            ax.plot(x, y, color=colour, linewidth=0.8, alpha=0.3)
-            y = np.convolve(y, ones, "same") / np.convolve(np.ones(len(y)), ones, "same")
-        ax.plot(x, y, color=colour, linewidth=width, linestyle=dash)
-        ends += [(y[-1], label, colour)] if len(y) else []
-        seen.extend(y[int(skip * len(y)):])  # without the first rows, which would dwarf all others
-    if seen:
-        margin = 0.08 * np.ptp(seen) + 1e-9
-        ax.set_ylim(min(seen) - margin, max(seen) + margin)
-    return ends
+def moving_average(y, window):
+    """Averages (n,) of y (n,) over `window` values round each, fewer at both ends."""
+    ones = np.ones(window)
+    count = np.convolve(np.ones(len(y)), ones, "same")
+    return np.convolve(y, ones, "same") / count
 
 
-def label_ends(ax, ends):
-    """Writes ends [(y, text, colour)] right of the axes at height y, moved apart where they would overlap."""
-    ax.figure.draw_without_rendering()  # settles the height; the width then is what the layout leaves beside all text
-    y, texts, colours = zip(*sorted(ends)) if ends else ((), (), ())
-    (low, high), k = ax.get_ylim(), np.arange(len(y))
-    points = ax.get_window_extent().height / ax.figure.dpi * 72
-    size = min(10 if max(map(len, texts), default=0) < 22 else 8, points / (1.5 * len(y) + 1))
-    gap = (high - low) * 1.5 * size / points
-    y = np.array(y) - gap * k  # less what the labels below take, heights only have to ascend
-    y = (np.maximum.accumulate(y) + np.minimum.accumulate(y[::-1])[::-1]) / 2
-    for height, text, colour in zip(np.clip(y, low, high - gap * (len(y) - 1)) + gap * k, texts, colours):
-        ax.annotate(text, (1.01, height), xycoords=("axes fraction", "data"), color=colour, va="center", fontsize=size,
-                    fontweight="bold", annotation_clip=False)
+def draw_curve(ax, x, y, window=1, **style):
+    """Draws y (n,) over x (n,) where it is known (not NaN). Returns the line."""
+    known = np.isfinite(y)
+    x = x[known]
+    y = y[known]
+    if 1 < window <= len(y):
+        # what is averaged stays visible, as a pale line
+        ax.plot(x, y, color=style["color"], linewidth=0.8, alpha=0.3)
+        y = moving_average(y, window)
+    line, = ax.plot(x, y, **style)
+    return line
 
 
-def plot_run(fig, log, title):
-    """Mixture on top; losses and alignments below."""
-    step, alpha, targets = log["step"], log["alpha"], log["target_losses"]
-    x = {"xlabel": "step", "xlim": (step[0], max(step[-1], 1))}
-    top, left, right = fig.subplot_mosaic([["mixture", "mixture"], ["loss", "alignment"]], subplot_kw=x).values()
-    shown = list(alpha) if len(alpha) <= len(COLOURS) else sorted(alpha, key=lambda n: -alpha[n][-1])[:6]
-    bands = {n: alpha[n] for n in shown}
-    if len(shown) < len(alpha):
-        bands[f"{len(alpha) - len(shown)} others"] = sum(alpha[n] for n in alpha if n not in shown)
-    colour, ends = dict(zip(bands, [*COLOURS[:len(shown)], GREY])), []
-    top.stackplot(step, *bands.values(), colors=colour.values(), alpha=0.85, edgecolor="white", linewidth=0.6)
-    for (n, b), edge in zip(bands.items(), np.cumsum([b[-1] for b in bands.values()])):
-        bound = at_bound(b[-1], log["lower"].get(n, [0])[-1], log["upper"].get(n, [1])[-1])
-        ends.append((edge - b[-1] / 2, f"{short(n)}  {b[-1]:.2f} {bound}".rstrip(), colour[n]))
-    lines = [(step, log["source_loss"][n], short(n), colour[n], 1.2, "-") for n in shown]
-    if 1 < len(targets) <= 6:
-        lines += [(step, y, short(n), INK, 0.9, ["--", ":", "-."][i % 3]) for i, (n, y) in enumerate(targets.items())]
-    lines.append((step, log["target_val_loss"], "mean of targets" if len(targets) > 1 else "target", INK, 2.4, "-"))
-    gains = [(step, log["alignment"][n], short(n), colour[n], 1.8, "-") for n in shown]
-    right.axhline(0, color=GREY, linewidth=0.8)
-    ends = {top: ends, left: draw_curves(left, lines, 1 / 16), right: draw_curves(right, gains, 1 / 8, len(step) // 12)}
-    top.set(title=f"{short(title)}: mixture over training", ylabel="mixture weight", ylim=(0, 1))
-    left.set(title="target val loss (black) and train losses", ylabel="nats a token")
-    right.set(title="alignment with the target" if ends[right] else "no alignment measured", ylabel="⟨P g_val, g_k⟩")
-    for ax in ends:
-        label_ends(ax, ends[ax])
+def fit_height(ax, lines, skip):
+    """Fits the y axis to lines but for their first part, the fraction `skip`, which is steep."""
+    values = []
+    for line in lines:
+        y = line.get_ydata()
+        values.extend(y[int(skip * len(y)):])
+    if values:
+        low, high = min(values), max(values)
+        # the last two terms are for a flat line, whose axis would have no height
+        margin = 0.08 * (high - low) + 0.001 * max(abs(low), abs(high)) + 1e-9
+        ax.set_ylim(low - margin, high + margin)
 
 
-def plot_comparison(fig, logs, mixtures, seeds):
-    """Mixtures [{source: share}] of runs as bars, or of seeds mean and range; target val losses of logs {run: log}."""
-    names = list(dict.fromkeys(n for mixture in mixtures for n in mixture))
-    shares = np.array([[mixture.get(n, 0) for n in names] for mixture in mixtures])  # (R, K)
-    mean, place, width, curves = shares.mean(0), np.arange(len(names)), 0.8 / len(logs), []
-    fig.set_figheight(max(4.6, 0.2 * len(names)))
-    left, right = fig.subplots(1, 2)
-    for i, (run, log) in enumerate(logs.items()):
-        colour = COLOURS[i % len(COLOURS)]
-        curves.append((log["step"], log["target_val_loss"], short(run), colour, 1.8, ["-", "--", ":"][i // 7 % 3]))
-        if not seeds:
-            left.barh(place + (i + 0.5) * width - 0.4, shares[i], width, color=colour)
-    if seeds:
-        left.barh(place, mean, 0.7, xerr=[mean - shares.min(0), shares.max(0) - mean], color=GREY, capsize=3)
-    left.set(title="mixture, mean and range" if seeds else "mixture, last half",
-             xlabel="weight", yticks=place, yticklabels=map(short, names), ylim=(len(names) - 0.5, -0.5))
-    right.set(title="target val loss", xlabel="step", ylabel="nats a token")
-    label_ends(right, [(y, f"{run}  {y:.3f}", colour) for y, run, colour in draw_curves(right, curves, 1 / 3)])
+def add_legend(ax, handles, labels, title=None):
+    """A legend on the right of the axes; constrained layout makes room for it there."""
+    # smaller where it would take too much of the height or of the width
+    long = len(labels) > 10 or max(map(len, labels)) > 22
+    size = 8 if long else 10
+    ax.legend(handles, labels, title=title, loc="center left", bbox_to_anchor=(1.01, 0.5),
+              borderaxespad=0, fontsize=size, title_fontsize=size, alignment="left",
+              labelspacing=0.3)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", type=Path, help="out_dir of a run; several give a comparison")
-    parser.add_argument("--export", choices=("hf", "megatron", "mosaic", "llamafactory"), help="print for this trainer")
-    args = parser.parse_args()
-    runs, results = list(dict.fromkeys(args.runs)), []
-    for path in (run / "mixture.json" for run in runs):
-        with or_fail(path, "not what this fastmix.py writes", "finish the run, or search again with this version"):
-            results.append(json.loads(path.read_text()) if args.export or path.exists() else {})
-            text = result_table(results[-1], warn=True) if path.exists() else ""  # fails where something is missing
-            text = export(args.export, results) if args.export else text
-    if args.export:
-        return say(text)
-    # a name that the terminal cannot encode is drawn with ? in its place
-    logs = {str(run).encode(errors="replace").decode(): read_log(run) for run in runs}
-    import matplotlib.figure  # here, not above: who only reads a mixture does without it
-    matplotlib.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "axes.titlelocation": "left",
-                                "text.parse_math": False})
-    fig, path = matplotlib.figure.Figure((10, 7.2), 110, layout="constrained"), runs[0] / "mixture.png"
-    if len(runs) == 1:
-        plot_run(fig, *logs.values(), *logs)
+def draw_mixture(ax, log, mixture, bounds, colour):
+    """
+    The shares over training, stacked, those in `colour` {source: colour} by themselves and the
+    others as one. Legend: mixture {source: share}, and bounds {source: "cap", "floor" or ""}.
+    """
+    bands = {name: log["alpha"][name] for name in colour}
+    labels = [f"{short(name)}  {mixture[name]:.2f} {bounds[name]}".rstrip() for name in colour]
+    others = [name for name in mixture if name not in colour]
+    if others:
+        bands["others"] = sum(log["alpha"][name] for name in others)
+        labels.append(f"{len(others)} others  {sum(mixture[name] for name in others):.2f}")
+    areas = ax.stackplot(log["step"], *bands.values(), colors=[*colour.values(), GREY][:len(bands)],
+                         alpha=0.85, edgecolor="white", linewidth=0.6)
+    ax.set(ylabel="share of the tokens drawn", ylim=(0, 1))
+    # stackplot draws upwards and a legend downwards; reversed, both have the same order
+    add_legend(ax, areas[::-1], labels[::-1], "average of last half")
+
+
+def draw_losses(ax, log, colour):
+    """Val loss of the targets, train loss of the sources. Returns the lines, each with a label."""
+    step = log["step"]
+    targets = log["target_losses"]
+    lines = []
+    for name in colour:
+        lines.append(draw_curve(ax, step, log["source_loss"][name], label=short(name),
+                                color=colour[name], linewidth=1.2))
+    if 1 < len(targets) <= 6:  # more would hide each other
+        for i, (name, loss) in enumerate(targets.items()):
+            dash = ["--", ":", "-."][i % 3]
+            lines.append(draw_curve(ax, step, loss, label=short(name), color=BLACK,
+                                    linewidth=0.9, linestyle=dash))
+    label = "mean of targets" if len(targets) > 1 else "target"
+    lines.append(draw_curve(ax, step, log["target_val_loss"], label=label, color=BLACK,
+                            linewidth=2.4))
+    fit_height(ax, lines, skip=1 / 16)
+    ax.set(title="Loss: target val (black), sources train", ylabel="loss per token (nats)")
+    return lines
+
+
+def draw_alignments(ax, log, colour):
+    """How much a step on each source is predicted to lower the target loss."""
+    lines = [ax.axhline(0, color=GREY, linewidth=0.8)]
+    window = len(log["step"]) // 12  # single alignments are noisy
+    for name in colour:
+        lines.append(draw_curve(ax, log["step"], log["alignment"][name], window,
+                                color=colour[name], linewidth=1.8))
+    fit_height(ax, lines, skip=1 / 8)
+    # the mixture step divides alignments by their root mean square, so their unit does not matter
+    ax.set(title="Alignment: high sources gain share",
+           ylabel="⟨P g_val, g_k⟩ (only ratios count)")
+
+
+def draw_run(folder):
+    """
+    Draws folder/log.jsonl, and what mixture.json tells if it is there: mixture on top, losses and
+    alignments below. Returns the path of the picture, folder/mixture.png. Raises ValueError.
+    """
+    log = read_log(folder)
+    mixture = last_half(log)
+    bounds = dict.fromkeys(mixture, "")
+    if Path(folder, "mixture.json").exists():
+        result = read_result(folder)
+        if result["mixture"].keys() != mixture.keys():
+            raise ValueError(f"{folder}: log.jsonl and mixture.json have different sources")
+        mixture = result["mixture"]
+        bounds = {name: source["bound"] for name, source in result["sources"].items()}
+
+    # every source has a colour of its own; of too many, the six largest have
+    shown = list(mixture)
+    if len(shown) > len(COLOURS):
+        shown = sorted(mixture, key=mixture.get, reverse=True)[:len(COLOURS) - 1]
+    colour = dict(zip(shown, COLOURS))
+    measured = any(np.isfinite(log["alignment"][name]).any() for name in mixture)
+
+    path = Path(folder, "mixture.png")
+    with picture(path, height=7.2) as fig:
+        # a fixed mixture has no alignments: its losses get both places below
+        below = ["loss", "alignment"] if measured else ["loss", "loss"]
+        x_axis = {"xlabel": "training step", "xlim": (log["step"][0], max(log["step"][-1], 1))}
+        axes = fig.subplot_mosaic([["mixture", "mixture"], below], subplot_kw=x_axis)
+        axes["mixture"].set_title(f"{short(folder)}: each source's share of the mixture")
+        draw_mixture(axes["mixture"], log, mixture, bounds, colour)
+        lines = draw_losses(axes["loss"], log, colour)
+        if measured:
+            draw_alignments(axes["alignment"], log, colour)
+        # one legend for both panels below: a source has the same colour everywhere
+        add_legend(axes[below[1]], lines, [line.get_label() for line in lines])
+    return path
+
+
+def run_style(i):
+    """(colour, dash of the line, hatch of the bars) of the i-th run, which differ for 21 runs."""
+    colour = COLOURS[i % len(COLOURS)]
+    again = i // len(COLOURS) % 3  # how often all colours have been used
+    dash = ["-", "--", ":"][again]
+    hatch = ["", "////", "xxxx"][again]
+    return colour, dash, hatch
+
+
+def draw_bars(ax, names, shares, same_search):
+    """
+    The shares (R, K) of K named sources in R runs: a bar for each run, or, if the runs are the
+    same search with other seeds, a bar for the mean with the range.
+    """
+    place = np.arange(len(names))
+    if same_search:
+        mean = shares.mean(0)
+        reach = [mean - shares.min(0), shares.max(0) - mean]  # of the whiskers, (2, K)
+        ax.barh(place, mean, 0.7, xerr=reach, color=GREY, capsize=3)
+        ax.set_title("Mixture: mean and range of the seeds")
     else:
-        text, path = seed_table(results), runs[0] / "comparison.png"
-        mixtures = [result.get("mixture", log["mixture"]) for result, log in zip(results, logs.values())]
-        plot_comparison(fig, logs, mixtures, seeds=text != "")
-    save_atomically(path, lambda f: fig.savefig(f, format="png"))
-    say(f"{text}\nwrote {path}".lstrip())
+        thickness = 0.8 / len(shares)  # the bars of a source side by side, and a gap to the next
+        for i, share in enumerate(shares):
+            colour, _, hatch = run_style(i)
+            ax.barh(place - 0.4 + (i + 0.5) * thickness, share, thickness, color=colour,
+                    hatch=hatch, edgecolor="white", linewidth=0)  # the edge colours the hatch
+        ax.set_title("Mixture of each run")
+    ax.set(xlabel="share of the tokens drawn", yticks=place,
+           yticklabels=[short(name) for name in names],
+           ylim=(len(names) - 0.5, -0.5))  # the first source on top
+
+
+def draw_target_losses(ax, logs):
+    """The target val loss of runs, logs {folder: log}, over training."""
+    lines = []
+    labels = []
+    for i, (folder, log) in enumerate(logs.items()):
+        colour, dash, _ = run_style(i)
+        line = draw_curve(ax, log["step"], log["target_val_loss"], color=colour, linestyle=dash,
+                          linewidth=1.8)
+        lines.append(line)
+        labels.append(f"{short(folder)}  {line.get_ydata()[-1]:.3f}")
+    # runs differ little, and what they lost in the first third would hide it
+    fit_height(ax, lines, skip=1 / 3)
+    ax.set(title="Target val loss", xlabel="training step", ylabel="loss per token (nats)")
+    add_legend(ax, lines, labels, "run, last value")
+
+
+def draw_comparison(folders, results, same_search):
+    """
+    The mixtures of R runs as bars, and their target losses over training. results {folder: dict of
+    mixture.json} of those that have ended; same_search: whether they differ in the seed alone.
+    Returns the path of the picture, comparison.png in the first folder. Raises ValueError.
+    """
+    logs = {folder: read_log(folder) for folder in folders}
+    mixtures = []
+    for folder in folders:
+        if folder in results:
+            mixtures.append(results[folder]["mixture"])
+        else:
+            mixtures.append(last_half(logs[folder]))
+    names = list(mixtures[0])  # and then those that only other runs have
+    for mixture in mixtures[1:]:
+        names += [name for name in mixture if name not in names]
+    shares = np.zeros((len(folders), len(names)))  # (R, K)
+    for i, mixture in enumerate(mixtures):
+        shares[i] = [mixture.get(name, 0) for name in names]
+
+    path = Path(folders[0], "comparison.png")
+    # a line of text is 0.2 inches high, that of a source and that of a run
+    with picture(path, height=max(4.6, 0.2 * len(names), 0.2 * len(folders))) as fig:
+        left, right = fig.subplots(1, 2)
+        draw_bars(left, names, shares, same_search)
+        draw_target_losses(right, logs)
+    return path
+
+
+# ---- export ------------------------------------------------------------------------------------
+# Some trainers draw samples of a fixed length; their probabilities are the shares of tokens. Others
+# draw whole examples. A source of long examples would then give more tokens than its share, so the
+# probability of each source is proportional to its share divided by its tokens per document.
+# In each function, p is {source: probability as a text}, and what returns is one text.
+
+def export_megatron(p, seed):
+    """Megatron-LM: an argument of its command line. Takes fixed-length samples."""
+    return "--data-path " + " ".join(f"{share} {name}_text_document" for name, share in p.items())
+
+
+def export_mosaic(p, seed):
+    """MosaicML's StreamingDataset: a part of its YAML file. Takes fixed-length samples."""
+    lines = ["streams:"]
+    for name, share in p.items():
+        lines += [f'  "{name}":', f'    local: "{name}"', f"    proportion: {share}"]
+    return "\n".join(lines)
+
+
+def export_llamafactory(p, seed):
+    """LLaMA-Factory: lines of its YAML file. Takes examples."""
+    return (f'dataset: "{",".join(p)}"\n'
+            "mix_strategy: interleave_over\n"
+            f'interleave_probs: "{",".join(p.values())}"')
+
+
+def export_hf(p, seed):
+    """Hugging Face datasets: a piece of Python. Takes examples."""
+    shares = ", ".join(f"{name!r}: {share}" for name, share in p.items())
+    return ("from datasets import interleave_datasets  # yours: {name: its Dataset}\n"
+            f"p = {{{shares}}}\n"
+            "mixed = interleave_datasets([yours[n] for n in p], probabilities=list(p.values()), "
+            f'seed={seed}, stopping_strategy="all_exhausted")')
+
+
+TRAINERS = {"hf": export_hf, "megatron": export_megatron, "mosaic": export_mosaic,
+            "llamafactory": export_llamafactory}
+DRAW_EXAMPLES = ("hf", "llamafactory")  # the others draw fixed-length samples
+
+
+def decimals(p):
+    """{name: share} as decimal numbers, {name: text}, that sum to exactly 1 and are all above 0."""
+    digits = 8
+    # documents of millions of tokens may have a very small probability: at least three digits of it
+    while min(p.values()) * 10 ** digits < 100:
+        digits += 1
+    # count in units of the last digit: integers, unlike floats, can be made to sum exactly
+    whole = 10 ** digits
+    count = {name: round(share * whole) for name, share in p.items()}
+    largest = max(count, key=count.get)
+    count[largest] += whole - sum(count.values())  # what rounding left over
+    return {name: f"{n / whole:.{digits}f}" for name, n in count.items()}
+
+
+def export(trainer, results):
+    """
+    The lines that let a trainer draw by the mean mixture of results {folder: dict of mixture.json}.
+    Raises ValueError unless all have the same sources.
+    """
+    first = next(iter(results))
+    sources = results[first]["sources"]
+    for folder, result in results.items():
+        if result["sources"].keys() != sources.keys():
+            raise ValueError(f"--export takes runs of the same sources, not {', '.join(sources)} "
+                             f"({first}) and {', '.join(result['sources'])} ({folder})")
+
+    p = {}
+    left_out = []
+    for name, source in sources.items():
+        share = sum(result["mixture"][name] for result in results.values()) / len(results)
+        if share < SMALLEST_SHARE:
+            left_out.append(name)
+            continue
+        if trainer in DRAW_EXAMPLES:
+            if not source.get("tokens_per_document"):
+                raise ValueError(f"{first}/mixture.json: no tokens_per_document of {name}, which "
+                                 f"{trainer} needs; search again with this version")
+            share /= source["tokens_per_document"]
+        p[name] = share
+    total = sum(p.values())
+    p = {name: share / total for name, share in p.items()}
+
+    comment = "# shares of fixed-length samples = shares of tokens"
+    if trainer in DRAW_EXAMPLES:
+        comment = "# shares of examples = shares of tokens / tokens per document"
+    if left_out:
+        comment += f"; left out, under {SMALLEST_SHARE:.4f}: {', '.join(left_out)}"
+    to_text = TRAINERS[trainer]
+    return comment + "\n" + to_text(decimals(p), results[first]["seed"])
+
+
+# ---- the program -------------------------------------------------------------------------------
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path,
+                        help="out_dir of a run; several give a comparison")
+    parser.add_argument("--export", choices=TRAINERS,
+                        help="print the mixture for this trainer, and draw nothing")
+    args = parser.parse_args(argv)
+    folders = list(dict.fromkeys(args.runs))  # a run that is named twice counts once
+    results = {}  # {folder: dict of mixture.json} of the runs that have ended
+    try:
+        for folder in folders:
+            if args.export or Path(folder, "mixture.json").exists():
+                results[folder] = read_result(folder)
+        if args.export:
+            say(export(args.export, results))
+        elif len(folders) == 1:
+            path = draw_run(folders[0])
+            if folders[0] in results:
+                say(result_table(results[folders[0]], warn=True))
+            say(f"wrote {path}")
+        else:
+            ended = list(results.values())
+            same_search = len(ended) == len(folders) and differ_in_seed_alone(ended)
+            path = draw_comparison(folders, results, same_search)
+            if same_search:
+                say(seed_table(ended))
+            say(f"wrote {path}")
+    except ValueError as error:
+        fail(error)
 
 
 if __name__ == "__main__":

@@ -1,22 +1,29 @@
 """
-Text in, token files out: data/NAME/{train,val,test}.bin and meta.json for each data source.
+Turns text into token files: data/NAME/{train,val,test}.bin and meta.json for each data source.
 
-    python prepare_data.py                                       the sample set, from text this machine already has
-    python prepare_data.py code=src/ web='crawl/*.jsonl.gz'      your own: NAME=PATH, a file, a folder or a quoted glob
+    python prepare_data.py                                   the sample, from text on this machine
+    python prepare_data.py code=src/ web='crawl/*.jsonl.gz'  your own: NAME=PATH, where PATH is a
+                                                             file, a folder or a quoted glob
     python prepare_data.py books=books.txt --tokenizer gpt2
-    python prepare_data.py chat=chat.json qa=qa.jsonl            instructions: prompts are read, responses are learned
+    python prepare_data.py chat=chat.json qa=qa.jsonl        instructions: the model reads the
+                                                             prompts and learns the responses
 
-.jsonl, .ndjson and .json (an array, or lines), also .gz, hold records: one document each under --text_key, or one
-example with a prompt and a response (see read_record). Any other file is one UTF-8 document. Documents, not tokens, are
-divided over train, val and test, by a hash of their content: in whatever set one turns up, it goes to the same split.
-One of over 32,768 characters is divided by the page. The .bin files follow nanoGPT: flat uint16 (uint32 above 65,535
-ids), documents ended by <|endoftext|>; beside those of examples lies SPLIT.mask.bin, uint8: 1 where a token is
-learned, 0 where it is only read. Text, but for a JSON array, is streamed: memory stays flat. The reader is TokenSet.
+Files that end in .jsonl, .ndjson or .json (also with .gz) hold records: each is one document, or
+one example with a prompt and a response (read_record() lists the keys). Any other file is one
+document of UTF-8 text. Text is streamed, so that memory stays flat however long it is; only a
+JSON array is read as a whole.
+
+Documents, not tokens, are divided over train, val and test, by a hash of their content: a document
+goes to the same split in whatever set it is. One of over 32,768 characters is divided by the page.
+
+The .bin files are nanoGPT's: token ids in a row, uint16 (uint32 if there are more than 65,536),
+with <|endoftext|> after each document. A set of examples also has SPLIT.mask.bin, one uint8 per
+token: 1 if it is learned, 0 if it is only read. TokenSet reads all of this back.
 """
 import argparse
 import base64
+import concurrent.futures
 import contextlib
-import fcntl
 import functools
 import glob
 import gzip
@@ -29,74 +36,81 @@ import itertools
 import json
 import os
 import re
+import shlex
 import shutil
-import signal
 import sys
 import sysconfig
 import textwrap
+import threading
 import time
 import zlib
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 SPLITS = ("train", "val", "test")
 IGNORE = -1  # a target of this value is not learned, and counts in no loss
-WHOLE, PAGE = 32_768, 4096  # characters: a longer document than this is divided by the page, of about this length
-FEW = 200  # documents or pages: fewer may leave a split empty by chance, so that each then gets one
-SKETCH = 1024  # hashes of documents kept in meta.json, of each split, to find out whether sets share text
-SAMPLE_SOURCES, SAMPLE_TARGETS = ("python", "cpp", "prose", "math", "legal", "noise"), ("numpy", "numpy_tasks")
+
+# A document of more than WHOLE characters is divided by the page, of PAGE characters or a bit more.
+WHOLE = 32_768
+PAGE = 4096
+# With fewer documents or pages than this a split may stay empty by chance, so each then gets one.
+FEW = 200
+# How many hashes of documents meta.json keeps for each split, to find text that two sets share.
+SKETCH = 1024
+
+SAMPLE_SOURCES = ("python", "cpp", "prose", "math", "legal", "noise")
+SAMPLE_TARGETS = ("numpy", "numpy_tasks")
 SAMPLE = (*SAMPLE_SOURCES, "numpy", "describe", "implement", "declare", "numpy_tasks")
-SAMPLE_CHARS, EXAMPLE_CHARS = 4_000_000, 250  # most of a source of the sample, and of an example
-PAIRS = (("prompt", "response"), ("prompt", "completion"), ("question", "answer"), ("instruction", "output"))
-SCHEMAS = f"text, messages, conversations, {', '.join(map('/'.join, PAIRS))}"
-CONVERT = {  # endings of files that are not read, and the command that makes of one what is
-    ".parquet": "in Python: import pandas; pandas.read_parquet('{0}').to_json('{0}.jsonl', orient='records', lines=1)",
-    ".arrow": "in Python: import datasets; datasets.Dataset.from_file('{0}').to_json('{0}.jsonl')",
-    ".zst": "zstd -d {0}", ".gz": "gunzip {0}", ".xz": "unxz {0}", ".bz2": "bunzip2 {0}", ".zip": "unzip {0}",
-    ".json": "for it holds neither an array of records nor JSON lines; to take it as text, rename it to .txt"}
+SAMPLE_CHARS = 4_000_000  # of a set of the sample, at most
+EXAMPLE_CHARS = 250  # of one of its examples, at most
+
+# The keys of a record that holds an example; see read_record().
+CHATS = ("messages", "conversations")
+PAIRS = (("prompt", "response"), ("prompt", "completion"), ("question", "answer"),
+         ("instruction", "output"))
+
+# Endings of files that are not read, and what to do about it.
+NOT_READ = {
+    ".parquet": "convert it in Python: import pandas; "
+                "pandas.read_parquet('{0}').to_json('{0}.jsonl', orient='records', lines=1)",
+    ".arrow": "convert it in Python: import datasets; "
+              "datasets.Dataset.from_file('{0}').to_json('{0}.jsonl')",
+    ".zst": "convert it: zstd -d {0}",
+    ".gz": "convert it: gunzip {0}",
+    ".xz": "convert it: unxz {0}",
+    ".bz2": "convert it: bunzip2 {0}",
+    ".zip": "convert it: unzip {0}",
+    ".json": "it holds neither an array of records nor JSON lines; to take it as text, rename it "
+             "to .txt",
+}
 NETWORK_TIMEOUT = 60  # seconds
 
 
-def launched_rank():
-    """This process's number among those that torchrun started; 0 where it started none."""
-    launched = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
-    return int(os.environ["RANK"]) if launched and os.environ["RANK"].isdigit() else 0
-
+# ---- messages and files (the other programs use these three too) ---------------------------------
 
 def fail(message):
     """Ends the program with one line on stderr and exit status 2."""
-    rank = launched_rank()
-    if rank > 0:
-        time.sleep(5)  # where rank 0 fails too it says so, and torchrun ends this process meanwhile
     with contextlib.suppress(OSError):
-        print(f"error: {f'rank {rank}: ' if rank > 0 else ''}{message}", file=sys.stderr, flush=True)
+        print(f"error: {message}", file=sys.stderr, flush=True)
     sys.exit(2)
 
 
 def say(*text):
-    """print() of rank 0, that goes on where a terminal lacks a glyph, and when its reader leaves (| head)."""
+    """print() that survives a terminal without some character, and a reader that left (| head)."""
     try:
-        if launched_rank() == 0:
-            print(*text, flush=True)
+        print(*text, flush=True)
     except UnicodeEncodeError:
-        print(*(str(t).encode("ascii", "replace").decode() for t in text), flush=True)
-    except OSError:  # from here on nobody listens
+        plain = [str(part).encode("ascii", "replace").decode() for part in text]
+        print(*plain, flush=True)
+    except OSError:
+        # nobody reads our output any more: the rest of it goes nowhere, and the work goes on
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def lock(file, folder, mend):
-    """Holds an open file against other programs until it is closed, which the system does for one that is killed."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        fail(f"another program is writing to {folder}/ now; {mend}")
-    except OSError:
-        pass  # a file system without locks
-
-
 def save_atomically(path, write):
-    """write(file) into a temporary name, then rename: path holds the old content or the new, never a part."""
+    """write(file) into a temporary file, then rename it: path holds the old content or the new."""
     partial = Path(f"{path}.partial")
     try:
         with open(partial, "wb") as f:
@@ -106,16 +120,18 @@ def save_atomically(path, write):
         os.replace(partial, path)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
         partial.unlink(missing_ok=True)
-        fail(f"cannot write {path} ({str(error).splitlines()[0]}); what was there before is unharmed. Mend that, then "
-             "start again (a run of fastmix.py goes on with --resume)")
+        reason = str(error).splitlines()[0]
+        fail(f"cannot write {path} ({reason}); what was there before is unharmed. Mend that, then "
+             "start again (fastmix.py with --resume)")
 
 
-# ---- tokenizers -----------------------------------------------------------------------------------------------------
+# ---- tokenizers ----------------------------------------------------------------------------------
 
 def bytes_tokenizer():
-    """256 single bytes and <|endoftext|>. The pattern only sets how much text is looked at at once: nothing merges."""
-    import tiktoken  # here and below, not above: who only reads token files does without it
+    """256 single bytes and <|endoftext|>."""
+    import tiktoken  # not at the top of the file: fastmix.py reads token files without it
     ranks = {bytes([i]): i for i in range(256)}
+    # The pattern only sets how much text is looked at at once: no bytes are merged.
     return tiktoken.Encoding("bytes", pat_str=r"(?s:.{1,32})", mergeable_ranks=ranks,
                              special_tokens={"<|endoftext|>": 256})
 
@@ -123,673 +139,1269 @@ def bytes_tokenizer():
 def file_tokenizer(path):
     """A .tiktoken file (base64 token, space, rank on each line), split into words as gpt2 does."""
     import tiktoken
-    ranks, content = {}, Path(path).read_bytes()
+    content = Path(path).read_bytes()
+    ranks = {}
     for number, line in enumerate(content.splitlines(), 1):
+        if not line:
+            continue
         try:
-            if line:
-                token, rank = line.split()
-                ranks[base64.b64decode(token, validate=True)] = int(rank)
+            token, rank = line.split()
+            ranks[base64.b64decode(token, validate=True)] = int(rank)
         except ValueError:
             fail(f"{path}, line {number}: {line[:40]!r} is not 'base64-token rank'")
     missing = 256 - sum(bytes([i]) in ranks for i in range(256))
     if missing or sorted(ranks.values()) != list(range(len(ranks))):
-        fail(f"{path}: ranks must run from 0 without a gap and cover the 256 bytes; found {len(ranks)} tokens, "
-             f"{missing} of the bytes missing")
+        fail(f"{path}: ranks must run from 0 without a gap and cover the 256 bytes; found "
+             f"{len(ranks)} tokens, {missing} of the bytes missing")
     pattern = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
-    digest = hashlib.sha256(content).hexdigest()[:12]  # two files of one name are two tokenizers
+    # The digest is part of the name, since two files of one name are two tokenizers.
+    digest = hashlib.sha256(content).hexdigest()[:12]
     return tiktoken.Encoding(f"{Path(path).name}:{digest}", pat_str=pattern, mergeable_ranks=ranks,
                              special_tokens={"<|endoftext|>": len(ranks)})
 
 
+def tiktoken_encoding(name):
+    """
+    One of tiktoken's encodings, from its cache or from the network. tiktoken itself would wait for
+    an answer for ever, so it works in a thread of its own and we wait for NETWORK_TIMEOUT seconds.
+    Raises concurrent.futures.TimeoutError, or whatever tiktoken raises.
+    """
+    import tiktoken
+    answer = concurrent.futures.Future()
+
+    def fetch():
+        try:
+            answer.set_result(tiktoken.get_encoding(name))
+        except Exception as error:
+            answer.set_exception(error)
+
+    # A daemon: Python ends without waiting for it.
+    threading.Thread(target=fetch, daemon=True).start()
+    return answer.result(timeout=NETWORK_TIMEOUT)
+
+
 def get_tokenizer(name):
-    """`bytes`, a .tiktoken file, or a tiktoken encoding, which comes from its cache or the network."""
+    """`bytes`, a .tiktoken file, or the name of a tiktoken encoding -> tiktoken.Encoding."""
     if name == "bytes":
         return bytes_tokenizer()
     if name.endswith(".tiktoken"):
-        try:
-            return file_tokenizer(name)
-        except OSError as error:
-            fail(f"--tokenizer {name} cannot be read: {error.strerror}")
-    import tiktoken
-
-    def give_up(why):
-        fail(f"--tokenizer {name} cannot be had ({why}); use --tokenizer bytes, which needs no network, or set "
-             "TIKTOKEN_CACHE_DIR to a folder that holds its files")
-
-    signal.signal(signal.SIGALRM, lambda *_: give_up(f"no answer in {NETWORK_TIMEOUT} s"))
-    signal.alarm(NETWORK_TIMEOUT)  # tiktoken itself would wait for ever
+        return file_tokenizer(name)
     try:
-        return tiktoken.get_encoding(name)
-    except Exception as error:  # requests' many errors, and ValueError for an unknown name
-        give_up(f"{type(error).__name__}: {str(error).splitlines()[0][:120]}")
-    finally:
-        signal.alarm(0)
+        return tiktoken_encoding(name)
+    except concurrent.futures.TimeoutError:
+        reason = f"no answer in {NETWORK_TIMEOUT} s"
+    except Exception as error:  # any of requests' many errors; a ValueError for an unknown name
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
+    fail(f"--tokenizer {name} cannot be loaded ({reason}); use --tokenizer bytes, which needs no "
+         "network, or set TIKTOKEN_CACHE_DIR to a folder that holds its files")
 
 
-# ---- the user's own text --------------------------------------------------------------------------------------------
+# ---- which files are read ------------------------------------------------------------------------
 
 def is_records(path):
     """Does a file hold JSON records? A .json of settings, as a source tree may have, does not."""
-    if path.lower().endswith(".json"):
+    lower = path.lower()
+    if lower.endswith(".json"):
         with open(path, "rb") as f:
-            return bool(re.match(rb"(\xef\xbb\xbf)?\s*(\[\s*\{|\{.*\}\s*\n\s*\{)", f.read(PAGE * 256)))
-    return path.lower().removesuffix(".gz").endswith((".jsonl", ".ndjson", ".json"))
+            start = f.read(PAGE * 256)
+        # an array whose first item is an object, or an object and on the next line another one
+        return bool(re.match(rb"(\xef\xbb\xbf)?\s*(\[\s*\{|\{.*\}\s*\n\s*\{)", start))
+    return lower.removesuffix(".gz").endswith((".jsonl", ".ndjson", ".json"))
 
 
 def is_text(path):
     """Is all of a file UTF-8, without a zero byte?"""
     try:
         with open(path, encoding="utf-8", newline="") as f:
-            return not any("\0" in chunk for chunk in iter(lambda: f.read(WHOLE), ""))
+            chunks = iter(lambda: f.read(WHOLE), "")
+            return not any("\0" in chunk for chunk in chunks)
     except UnicodeDecodeError:
         return False
 
 
-def find_files(name, path):
-    """A file, a glob or a folder, walked in order, links too but no hidden names -> list of files that hold text."""
-    def stop(error):
+def files_below(folder):
+    """All files below a folder, in order. Links are followed; hidden names are left out."""
+    def stop(error):  # os.walk() would go on without a folder that it cannot list
         raise error
 
-    if not os.path.isdir(path):
-        files = [path] if os.path.isfile(path) else sorted(filter(os.path.isfile, glob.glob(path, recursive=True)))
-        for file in files:
-            how = CONVERT.get(Path(file).suffix.lower())
-            if how and not is_records(file):
-                fail(f"{file} is not read as it is; convert it, {how.format(file)}")
-    else:
-        found, seen = [], set()
-        for folder, subfolders, names in os.walk(path, onerror=stop, followlinks=True):
-            real = {d: os.path.realpath(os.path.join(folder, d)) for d in ("", *sorted(subfolders)) if d[:1] != "."}
-            seen.add(real.pop(""))  # links may run in circles, or lead to where the walk has been
-            subfolders[:] = [d for d, path_of_d in real.items() if path_of_d not in seen]
-            seen |= {*real.values()}
-            found += [os.path.join(folder, n) for n in sorted(names) if not n.startswith(".")]
-        files = [f for f in found if os.path.isfile(f) and (is_records(f) or is_text(f))]
-        others = sorted({*found} - {*files})
+    found = []
+    seen = {os.path.realpath(folder)}  # links may run in circles, or lead to where the walk has been
+    for parent, subfolders, names in os.walk(folder, onerror=stop, followlinks=True):
+        enter = []
+        for subfolder in sorted(subfolders):
+            real = os.path.realpath(os.path.join(parent, subfolder))
+            if not subfolder.startswith(".") and real not in seen:
+                seen.add(real)
+                enter.append(subfolder)
+        subfolders[:] = enter  # os.walk() goes on with what this list holds
+        found += [os.path.join(parent, n) for n in sorted(names) if not n.startswith(".")]
+    return found
+
+
+def find_files(name, path):
+    """The files with text that a file, a folder or a glob stands for; prints what is left out."""
+    files = []
+    if os.path.isdir(path):
+        others = []
+        for file in files_below(path):
+            if os.path.isfile(file) and (is_records(file) or is_text(file)):
+                files.append(file)
+            else:
+                others.append(file)
         if others:
-            say(f"  {name}: {len(others)} files are no UTF-8 text and left out: {', '.join(others[:4])}"
-                + ", ..." * (len(others) > 4))
+            more = f" and {len(others) - 4} more" if len(others) > 4 else ""
+            say(f"  {name}: left out {len(others)} files that are not UTF-8 text: "
+                f"{', '.join(sorted(others)[:4])}{more}")
+    elif os.path.isfile(path):
+        files = [path]
+    else:
+        files = sorted(filter(os.path.isfile, glob.glob(path, recursive=True)))
     if not files:
         fail(f"{path}: no text there (a file, a folder, or a glob in quotes)")
+    if not os.path.isdir(path):
+        for file in files:
+            advice = NOT_READ.get(Path(file).suffix.lower())
+            if advice and not is_records(file):
+                fail(f"{file} is not read as it is; {advice.format(file)}")
     return files
 
 
-# ---- records --------------------------------------------------------------------------------------------------------
+# ---- records -------------------------------------------------------------------------------------
 
-def example(prompt, response):
-    """A prompt and its response as parts (text, learned?); on two lines, unless the prompt ends in white space."""
-    return [(prompt if not prompt or prompt[-1].isspace() else prompt + "\n", False), (response, True)]
-
-
-def plain(content):
+def text_of(content):
     """The text of a record's value: a string, null, or a list of parts that hold a text each."""
+    if content is None:
+        return ""
+    if isinstance(content, str):
+        return content
     if isinstance(content, list):
-        return "".join(plain(part["text"] if isinstance(part, dict) and "text" in part else part) for part in content)
-    if content is not None and not isinstance(content, str):
-        raise ValueError(f"{str(content)[:60]} is not text; leave the record out")
-    return content or ""
+        text = ""
+        for part in content:
+            if isinstance(part, dict) and "text" in part:
+                part = part["text"]
+            text += text_of(part)
+        return text
+    raise ValueError(f"{str(content)[:60]} is not text; leave the record out")
 
 
-def chat(turns, learn=True):
-    """Turns {role, content} or {from, value} -> parts "role: content" and line end, the assistant's (gpt's) learned."""
+def pair_parts(prompt, response):
+    """A prompt and its response -> parts. The response starts a line, unless white space leads."""
+    if prompt and not prompt[-1].isspace():
+        prompt += "\n"
+    return [(prompt, False), (response, True)]
+
+
+def chat_parts(turns, learn=True):
+    """
+    A list of turns {role, content} or {from, value} -> parts: "role: ", then the text and a line
+    end. The assistant's (gpt's) text is learned, unless learn is False.
+    """
+    if not turns:
+        turns = []
+    if not isinstance(turns, list):
+        turns = [turns]
     parts = []
-    for turn in turns if isinstance(turns, list) else [turns] if turns else []:
-        if not isinstance(turn, dict) or not {"role", "from"} & turn.keys():
-            raise ValueError("a chat must be a list of turns, each with role and content, or from and value")
+    for turn in turns:
+        if not isinstance(turn, dict) or not ("role" in turn or "from" in turn):
+            raise ValueError("a chat must be a list of turns, each with role and content, or from "
+                             "and value")
         role = turn.get("role", turn.get("from"))
-        role = {"human": "user", "gpt": "assistant"}.get(role, role)
-        text = plain(turn.get("content", turn.get("value")))
-        if text.strip():  # a call of a tool has none
-            parts += [(f"{role}: ", False), (text + "\n", learn and role == "assistant")]
+        if role == "human":
+            role = "user"
+        if role == "gpt":
+            role = "assistant"
+        text = text_of(turn.get("content", turn.get("value")))
+        if text.strip():  # a turn that calls a tool has no text
+            parts.append((f"{role}: ", False))
+            parts.append((text + "\n", learn and role == "assistant"))
     return parts
+
+
+def read_pair(record, prompt_key, response_key):
+    """A record with these two keys -> parts. Each is a text, or a list of turns."""
+    prompt = record[prompt_key]
+    response = record[response_key]
+    if not isinstance(response, list):
+        prompt = text_of(prompt)
+        response = text_of(response)
+        if prompt_key == "instruction" and record.get("input"):
+            prompt += "\n" + text_of(record["input"])
+        return pair_parts(prompt, response)
+    answer = chat_parts(response)
+    if isinstance(prompt, str):
+        # The user's turn. A response that starts with another turn than the assistant's repeats it.
+        answers_at_once = answer[:1] == [("assistant: ", False)]
+        prompt = [{"role": "user", "content": prompt}] if answers_at_once else []
+    return chat_parts(prompt, learn=False) + answer
+
+
+def schema_and_parts(record, args):
+    """read_record() before its last steps."""
+    if args.text_key:
+        if args.text_key in record:
+            return "text", [(text_of(record[args.text_key]), True)]
+    elif args.prompt_key:
+        if args.prompt_key in record and args.response_key in record:
+            schema = f"{args.prompt_key}/{args.response_key}"
+            return schema, read_pair(record, args.prompt_key, args.response_key)
+    else:
+        for key in CHATS:
+            if key in record:
+                return key, chat_parts(record[key])
+        for prompt_key, response_key in PAIRS:
+            if prompt_key in record and response_key in record:
+                return f"{prompt_key}/{response_key}", read_pair(record, prompt_key, response_key)
+        if "text" in record:
+            return "text", [(text_of(record["text"]), True)]
+        if "chosen" in record:
+            raise ValueError("chosen and rejected answers are preferences, which are not trained "
+                             "on; to learn the chosen ones, add --prompt_key prompt "
+                             "--response_key chosen")
+    wanted = args.text_key or args.prompt_key or "known key"
+    known = ", ".join(["text", *CHATS, *("/".join(pair) for pair in PAIRS)])
+    raise ValueError(f"no {wanted} in it, but {', '.join(list(record)[:8])}; known are {known}; "
+                     "name others with --text_key, or with --prompt_key and --response_key")
 
 
 def read_record(record, args):
     """
-    A JSON object -> (its schema, its parts [(text, learned?), ...], None where nothing is there to learn). Without
-    --text_key or --prompt_key the schema is the first of these whose keys it has: a chat under `messages` or
-    `conversations`, the pairs in PAIRS (instruction with an optional input), `text`. Prompt and response are texts or
-    lists of turns; a response stands on a new line, unless the prompt ends in white space. Raises ValueError with a
-    line for the user.
+    A JSON object -> (schema, parts). Parts are [(text, learned?), ...], in the order in which a
+    model sees them. Without --text_key or --prompt_key the first row that fits is taken:
+
+        keys                             schema               learned
+        messages: a chat                 messages             the assistant's turns
+        conversations: a chat            conversations        gpt's (or the assistant's) turns
+        prompt, response                 prompt/response      the response
+        prompt, completion               prompt/completion    the completion
+        question, answer                 question/answer      the answer
+        instruction, output (input)      instruction/output   the output
+        text                             text                 all of it
+
+    The two of a pair are texts, or lists of turns as a chat is. Raises ValueError, with a message
+    for the user.
     """
     if not isinstance(record, dict):
         raise ValueError(f"a JSON object is needed, not a {type(record).__name__}")
-    own = args.text_key or args.prompt_key
-    pairs = [(args.prompt_key, args.response_key)] if args.prompt_key else [] if own else PAIRS
-    pair = next((p for p in pairs if record.keys() >= set(p)), None)
-    talk = None if own else next((key for key in ("messages", "conversations") if key in record), None)
-    if talk:
-        schema, parts = talk, chat(record[talk])
-    elif pair and isinstance(record[pair[1]], list):
-        schema, parts, before = "/".join(pair), chat(record[pair[1]]), record[pair[0]]
-        if isinstance(before, str):  # one turn of the user, unless the answer repeats it
-            before = [{"role": "user", "content": before}] if parts[:1] == [("assistant: ", False)] else []
-        parts = chat(before, learn=False) + parts
-    elif pair:
-        schema, prompt, response = "/".join(pair), *(plain(record[key]) for key in pair)
-        if pair[0] == "instruction" and record.get("input"):
-            prompt += "\n" + plain(record["input"])
-        parts = example(prompt, response)
-    elif not args.prompt_key and (args.text_key or "text") in record:
-        schema, parts = "text", [(plain(record[args.text_key or "text"]), True)]
-    elif "chosen" in record and not own:
-        raise ValueError("chosen and rejected answers are preferences, which are not trained on; to learn the chosen "
-                         "ones, add --prompt_key prompt --response_key chosen")
-    else:
-        raise ValueError(f"no {own or 'known key'} in it, but {', '.join(list(record)[:8])}; known are {SCHEMAS}; name "
-                         "others with --text_key, or with --prompt_key and --response_key")
+    schema, parts = schema_and_parts(record, args)
     if parts and schema != "text":
-        parts[-1] = parts[-1][0].removesuffix("\n"), parts[-1][1]  # <|endoftext|> ends it
-    return schema, parts if any(learned and text.strip() for text, learned in parts) else None
+        # <|endoftext|> ends an example; a line end before it is one token too many
+        text, learned = parts[-1]
+        parts[-1] = (text.removesuffix("\n"), learned)
+    return schema, parts
 
 
-# ---- documents and pages --------------------------------------------------------------------------------------------
+# ---- documents and pages -------------------------------------------------------------------------
+
+class Unit(NamedTuple):
+    """What goes to one split as a whole: an example, a document, or a page of a long document."""
+    schema: str
+    starts_document: bool
+    parts: list  # [(text, learned?), ...]; text has one part
+
 
 def pages(stream):
-    """An open text, whole or, where it is long, in pages that end with a line where one is near."""
+    """An open text, as a whole or, if it is long, in pages that end with a line if one is near."""
     text = stream.read(WHOLE + 1)
     if len(text) <= WHOLE:
-        yield from [text] if text.strip() else []
+        if text.strip():
+            yield text
         return
     while text:
         if len(text) < 2 * PAGE:
             text += stream.read(WHOLE)
-        end = text.find("\n", PAGE, 2 * PAGE) + 1 or PAGE
+        end = text.find("\n", PAGE, 2 * PAGE) + 1
+        if end == 0:  # no line ends there
+            end = PAGE
         yield text[:end]
         text = text[end:]
 
 
+def text_units(stream):
+    """The units of one document, from an open text."""
+    for i, page in enumerate(pages(stream)):
+        yield Unit("text", i == 0, [(page, True)])
+
+
 def units_of(schema, parts):
-    """A document -> units of the division, (schema, does a document begin?, parts). Only text is ever divided."""
+    """The units of one record. Only text is ever divided."""
     if schema == "text":
-        for i, page in enumerate(pages(io.StringIO(parts[0][0], newline=""))):
-            yield schema, i == 0, [(page, True)]
+        text = parts[0][0]
+        yield from text_units(io.StringIO(text, newline=""))
     else:
-        yield schema, True, parts
+        yield Unit(schema, True, parts)
+
+
+def records_in(file, is_array):
+    """The records of an open file, each with its number from 1 on; a line is decoded later."""
+    if is_array:
+        yield from enumerate(json.load(file), 1)
+        return
+    for number, line in enumerate(file, 1):
+        if line.strip():
+            yield number, line
+
+
+def record_units(path, raw, args):
+    """Yields (where, unit) for an open file of records; unit is None if there is nothing to learn.
+    where names the line, for a message."""
+    file = gzip.open(raw) if path.lower().endswith(".gz") else raw
+    is_array = file.peek(PAGE).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
+    where = ""
+    try:
+        for number, record in records_in(file, is_array):
+            where = f", record {number}"
+            if not is_array:
+                where = f", line {number}"
+                record = json.loads(record)
+            schema, parts = read_record(record, args)
+            if any(learned and text.strip() for text, learned in parts):
+                for unit in units_of(schema, parts):
+                    yield where, unit
+            else:
+                yield where, None
+    except UnicodeDecodeError:
+        fail(f"{path}{where}: not UTF-8; convert it first, for instance with iconv")
+    except json.JSONDecodeError as error:
+        fail(f"{path}{where}: not JSON: {error}")
+    except (ValueError, RecursionError) as error:
+        fail(f"{path}{where}: {error}")
 
 
 def file_units(path, raw, args):
-    """Yields (line, unit) of an open file, a document of many GB page by page; None for a record without text."""
-    if not is_records(path):
-        try:
-            for i, page in enumerate(pages(io.TextIOWrapper(raw, encoding="utf-8", newline=""))):
-                yield "", ("text", i == 0, [(page, True)])
-        except UnicodeDecodeError as error:
-            at = raw.tell() - len(error.object) + error.start
-            fail(f"{path}: not UTF-8 at byte {at} ({error.reason}); convert it, for instance with iconv, or leave it "
-                 "out with a glob")
+    """Yields (where, unit) for an open file; see record_units()."""
+    if is_records(path):
+        yield from record_units(path, raw, args)
         return
-    file = gzip.open(raw) if path.lower().endswith(".gz") else raw
-    array = file.peek(PAGE).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
-    where = ""
     try:
-        for number, record in enumerate(json.load(file) if array else file, 1):
-            where = f", {'record' if array else 'line'} {number}"
-            if array or record.strip():
-                schema, parts = read_record(record if array else json.loads(record), args)
-                yield from ((where, unit) for unit in (units_of(schema, parts) if parts else [None]))
-    except UnicodeDecodeError:
-        fail(f"{path}{where}: not UTF-8; convert it first, for instance with iconv")
-    except ValueError as error:
-        fail(f"{path}{where}: {'not JSON: ' * isinstance(error, json.JSONDecodeError)}{error}")
+        for unit in text_units(io.TextIOWrapper(raw, encoding="utf-8", newline="")):
+            yield "", unit
+    except UnicodeDecodeError as error:
+        # raw was read to the end of error.object, the bytes that were decoded together
+        at = raw.tell() - len(error.object) + error.start
+        fail(f"{path}: not UTF-8 at byte {at} ({error.reason}); convert it, for instance with "
+             "iconv, or leave it out with a glob")
+
+
+class Progress:
+    """Prints every two seconds how many bytes of a total are read, and how long the rest takes."""
+
+    def __init__(self, total):
+        self.total = total
+        self.started = time.time()
+        self.printed = self.started
+
+    def show(self, done):
+        now = time.time()
+        if now - self.printed < 2:
+            return
+        self.printed = now
+        rate = max(1, done / (now - self.started))
+        say(f"    {done / 1e6:,.0f} of {self.total / 1e6:,.0f} MB, {rate / 1e6:.1f} MB/s, "
+            f"{(self.total - done) / rate:.0f} s left")
 
 
 def own_units(name, files, args):
-    """The units of all files of a set, which must be of one schema; says how far it is every few seconds."""
-    total, before, empty, schema = sum(map(os.path.getsize, files)), 0, 0, None
-    started = shown = time.time()
+    """The units of all files of a set, which must be of one schema."""
+    progress = Progress(sum(map(os.path.getsize, files)))
+    bytes_before = 0  # in the files before this one
+    n_empty = 0
+    schema = None
     for path in files:
         try:
             with open(path, "rb") as raw:
                 for where, unit in file_units(path, raw, args):
                     if unit is None:
-                        empty += 1
+                        n_empty += 1
                         continue
-                    schema = schema or unit[0]
-                    if unit[0] != schema:
-                        fail(f"{path}{where}: it is of the schema {unit[0]}, but what comes before it is of {schema}; "
-                             "prepare them as two sets")
+                    if schema is None:
+                        schema = unit.schema
+                    if unit.schema != schema:
+                        fail(f"{path}{where}: it is of the schema {unit.schema}, but what comes "
+                             f"before it is of {schema}; prepare them as two sets")
                     yield unit
-                    if time.time() - shown > 2:
-                        shown, done = time.time(), before + raw.tell()
-                        rate = max(1, done / (shown - started))
-                        say(f"    {done / 1e6:,.0f} of {total / 1e6:,.0f} MB, {rate / 1e6:.1f} MB/s, "
-                            f"{(total - done) / rate:.0f} s left")
-        except (OSError, EOFError, zlib.error) as error:  # the last two, and an OSError too: a broken gzip file
+                    progress.show(bytes_before + raw.tell())
+        except (OSError, EOFError, zlib.error) as error:  # a broken gzip file raises any of them
             fail(f"cannot read {path} ({getattr(error, 'strerror', None) or error})")
-        before += os.path.getsize(path)
-    if empty:
-        say(f"  {name}: {empty:,} records without a text to learn are left out")
+        bytes_before += os.path.getsize(path)
+    if n_empty:
+        say(f"  {name}: left out {n_empty:,} records without a text to learn")
 
 
-# ---- the sample: text that every machine with Python and requirements.txt already has, read where it is installed ---
+# ---- the sample: text that comes with Python and requirements.txt, read where it is installed ----
+
+class PythonText(NamedTuple):
+    """What read_python() finds. Dicts without values: each item once, in order."""
+    docstrings: dict
+    describe: dict  # (prompt, response): a function's signature; its docstring's first paragraph
+    implement: dict  # (prompt, response): both of these; the function's body
+
 
 def listing(root, pattern, leave_out=()):
-    """Files below root, in an order by hash, so that a cap on the size takes a fair sample of them."""
-    leave_out = {*leave_out, "test", "tests", "__pycache__", "site-packages", "dist-packages"}
-    paths = (p for p in root.rglob(pattern) if not leave_out & set(p.relative_to(root).parts) and p.is_file())
-    return sorted(paths, key=lambda p: hashlib.sha256(p.relative_to(root).as_posix().encode()).digest())
+    """Files below root, ordered by a hash: a cap on the size then takes a fair sample of them."""
+    skipped = {*leave_out, "test", "tests", "__pycache__", "site-packages", "dist-packages"}
+    paths = []
+    for path in root.rglob(pattern):
+        if not skipped & set(path.relative_to(root).parts) and path.is_file():
+            paths.append(path)
+
+    def by_hash(path):
+        return hashlib.sha256(path.relative_to(root).as_posix().encode()).digest()
+    return sorted(paths, key=by_hash)
 
 
 def read_all(paths):
+    """The texts of files, but for empty ones."""
     texts = (path.read_bytes().decode("utf-8", "ignore") for path in paths)
     return [text for text in texts if text.strip()]
 
 
-def read_python(paths):
-    """
-    Python files -> (docstrings of over 80 characters, and instructions (prompt, response) of two kinds: describe, a
-    function's signature and its docstring's first paragraph; and implement, both of these and the body). Each once.
-    """
-    docstrings, describe, implement = {}, {}, {}
+def read_python(texts):
+    """Docstrings of over 80 characters, and examples made of functions that have a docstring."""
+    found = PythonText({}, {}, {})
+    # indentation, signature, docstring, and a body: lines that are indented more, or empty
     function = r'^( *)(def \w+\([^()]*\)):\n *"""([^"]+)"""\n((?:\1 +[^\n]*\n|\n)+)'
-    for text in read_all(paths):
-        docstrings |= {inspect.cleandoc(d): None for d in re.findall(r'"""(.*?)"""', text, re.DOTALL) if len(d) > 80}
-        for _, signature, doc, body in re.findall(function, text, re.MULTILINE):
-            signature, about = " ".join(signature.split()), " ".join(doc.split("\n\n")[0].split())
+    for text in texts:
+        for docstring in re.findall(r'"""(.*?)"""', text, re.DOTALL):
+            if len(docstring) > 80:
+                found.docstrings[inspect.cleandoc(docstring)] = None
+        for _, signature, docstring, body in re.findall(function, text, re.MULTILINE):
+            signature = " ".join(signature.split())
+            about = " ".join(docstring.split("\n\n")[0].split())
             body = textwrap.indent(textwrap.dedent(body).rstrip(), "    ")
-            describe[f"{signature}:", f'    """{about}"""'] = None
-            implement[f'{signature}:\n    """{about}"""', body] = None
-    return docstrings, describe, implement
+            found.describe[f"{signature}:", f'    """{about}"""'] = None
+            found.implement[f'{signature}:\n    """{about}"""', body] = None
+    return found
 
 
 def declarations(headers):
-    """A C++ comment -> the declaration that follows it, (prompt, response) each once."""
+    """Examples from C++: (a comment, the declaration that follows it), each once."""
     pattern = re.compile(r"((?:^[ \t]*//[^\n]*\n)+)([^\n/][^;{]*[;{])", re.MULTILINE)
-    return dict.fromkeys(pair for text in read_all(headers) for pair in pattern.findall(text))
+    pairs = {}
+    for text in headers:
+        pairs |= dict.fromkeys(pattern.findall(text))
+    return pairs
+
+
+def at_most(documents, n_chars):
+    """The first documents, as many as have n_chars characters together."""
+    chosen = []
+    total = 0
+    for document in documents:
+        total += len(document)
+        if total > n_chars:
+            break
+        chosen.append(document)
+    return chosen
+
+
+def shuffled_words(texts, seed):
+    """A control, whose weight should end near zero: the sources' words, in no order."""
+    words = []
+    for documents in texts:
+        words += "".join(documents)[:SAMPLE_CHARS // len(texts)].split()
+    np.random.default_rng(seed).shuffle(words)
+    return [" ".join(words[i:i + 300]) for i in range(0, len(words), 300)]
+
+
+def package_folder(name):
+    """Where a package is installed, without importing it."""
+    spec = importlib.util.find_spec(name)
+    if spec is None or spec.origin is None:
+        return Path("/nonexistent")
+    return Path(spec.origin).parent
 
 
 def sample_sets(seed):
-    """{name: (schema, documents as parts)} of the sample's sets; says which ones this machine lacks."""
-    stdlib, site = Path(sysconfig.get_path("stdlib")), Path(sysconfig.get_path("purelib"))
-    package = {}  # where it is installed, without importing it
-    for name in ("torch", "sympy", "numpy"):
-        spec = importlib.util.find_spec(name)
-        package[name] = Path(spec.origin).parent if spec and spec.origin else Path("/nonexistent")
-    code = [p for p in listing(stdlib, "*.py", ("idlelib", "tkinter", "lib2to3", "ensurepip"))
-            if not p.name.startswith("_sysconfigdata")]
-    headers = [p for folder in ("c10", "torch/csrc") for p in listing(package["torch"] / "include" / folder, "*.h")]
-    numpy = listing(package["numpy"], "*.py")
-    licences = [p for p in listing(site, "*") if re.search(r"(LICEN[CS]E|COPYING|NOTICE)[^/]*$", p.name)]
-    in_code, in_sympy, in_numpy = map(read_python, (code, listing(package["sympy"], "*.py"), numpy))
-    texts = {"python": read_all(code), "cpp": read_all(headers), "prose": in_code[0], "math": in_sympy[0],
-             "legal": dict.fromkeys(read_all(licences)), "numpy": read_all(numpy)}
-    tasks = {"describe": in_code[1] | in_sympy[1], "implement": in_code[2] | in_sympy[2],
-             "declare": declarations(headers)}
+    """{name: (schema, [parts of each document])} of the sample; prints which sets are missing."""
+    stdlib = Path(sysconfig.get_path("stdlib"))
+    site_packages = Path(sysconfig.get_path("purelib"))
+    torch_headers = package_folder("torch") / "include"
+
+    scripts = listing(stdlib, "*.py", ("idlelib", "tkinter", "lib2to3", "ensurepip"))
+    scripts = [path for path in scripts if not path.name.startswith("_sysconfigdata")]
+    licences = [path for path in listing(site_packages, "*")
+                if re.search(r"(LICEN[CS]E|COPYING|NOTICE)[^/]*$", path.name)]
+    python = read_all(scripts)
+    headers = read_all(listing(torch_headers / "c10", "*.h")
+                       + listing(torch_headers / "torch/csrc", "*.h"))
+    numpy = read_all(listing(package_folder("numpy"), "*.py"))
+    in_python = read_python(python)
+    in_sympy = read_python(read_all(listing(package_folder("sympy"), "*.py")))
+    in_numpy = read_python(numpy)
+
+    texts = {
+        "python": python,
+        "cpp": headers,
+        "prose": in_python.docstrings,
+        "math": in_sympy.docstrings,
+        "legal": dict.fromkeys(read_all(licences)),
+        "numpy": numpy,
+    }
+    for name in texts:
+        texts[name] = at_most(texts[name], SAMPLE_CHARS)
+    texts["noise"] = shuffled_words([texts[name] for name in SAMPLE_SOURCES[:-1]], seed)
+
+    tasks = {
+        "describe": in_python.describe | in_sympy.describe,
+        "implement": in_python.implement | in_sympy.implement,
+        "declare": declarations(headers),
+    }
     known = tasks["describe"] | tasks["implement"]
-    tasks["numpy_tasks"] = [pair for pair in in_numpy[1] | in_numpy[2] if pair not in known]
+    in_numpy_only = in_numpy.describe | in_numpy.implement
+    tasks["numpy_tasks"] = [pair for pair in in_numpy_only if pair not in known]
+
+    sets = {}
     for name, documents in texts.items():
-        sizes = itertools.accumulate(map(len, documents))
-        texts[name] = [document for document, size in zip(documents, sizes) if size <= SAMPLE_CHARS]
-    # a control, whose weight should end near zero: the words of the sources, the right letters in no order
-    words = [w for name in SAMPLE_SOURCES[:5] for w in "".join(texts[name])[: SAMPLE_CHARS // 5].split()]
-    np.random.default_rng(seed).shuffle(words)
-    texts["noise"] = [" ".join(words[i: i + 300]) for i in range(0, len(words), 300)]
-    sets = {name: ("text", [[(document, True)] for document in documents]) for name, documents in texts.items()}
+        sets[name] = "text", [[(document, True)] for document in documents]
     for name, pairs in tasks.items():
-        examples = [example(*pair) for pair in pairs if pair[1].strip() and sum(map(len, pair)) < EXAMPLE_CHARS]
-        examples.sort(key=lambda parts: hashlib.sha256(repr(parts).encode()).digest())  # neighbours are of one file
+        examples = [pair_parts(prompt, response) for prompt, response in pairs
+                    if response.strip() and len(prompt) + len(response) < EXAMPLE_CHARS]
+        # Neighbours come from one file; in this order they do not share a window.
+        examples.sort(key=lambda parts: hashlib.sha256(repr(parts).encode()).digest())
         sets[name] = "prompt/response", examples
+    found = {}
     for name in SAMPLE:
-        if not sets[name][1]:
+        if sets[name][1]:
+            found[name] = sets[name]
+        else:
             say(f"  {name:11s} not found on this machine, left out")
-    return {name: sets[name] for name in SAMPLE if sets[name][1]}
+    return found
 
 
-# ---- writing --------------------------------------------------------------------------------------------------------
+def sample_units(schema, documents):
+    for parts in documents:
+        yield from units_of(schema, parts)
 
-class SplitFiles:
-    """One split's .bin, for examples its .mask.bin as well, with counts and a sketch."""
+
+# ---- writing -------------------------------------------------------------------------------------
+
+class TokenFile:
+    """A file of numbers of one type, written in pieces, with the hash of what was written."""
+
+    def __init__(self, path, dtype):
+        self.file = open(path, "wb")
+        self.dtype = dtype
+        self.hash = hashlib.sha256()
+
+    def append(self, values):
+        data = np.asarray(values, dtype=self.dtype).tobytes()
+        self.hash.update(data)
+        self.file.write(data)
+
+    def finish(self):
+        """Returns the hash once everything is on the disk."""
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        return self.hash.hexdigest()
+
+
+class SplitWriter:
+    """One split's tokens and, for examples, its mask; with counts and a sketch for meta.json."""
 
     def __init__(self, folder, split, tokenizer, dtype, masked):
-        self.tokenizer, self.dtypes = tokenizer, {".bin": dtype} | ({".mask.bin": np.uint8} if masked else {})
-        self.files = {kind: open(folder / f"{split}{kind}", "w+b") for kind in self.dtypes}
-        self.counts = {"tokens": 0, "bytes": 0, "documents": 0} | ({"learned": 0, "learned_bytes": 0} if masked else {})
+        self.tokenizer = tokenizer
+        self.tokens = TokenFile(folder / f"{split}.bin", dtype)
+        self.mask = None
+        self.counts = {"tokens": 0, "bytes": 0, "documents": 0}
+        if masked:
+            self.mask = TokenFile(folder / f"{split}.mask.bin", np.uint8)
+            self.counts |= {"learned": 0, "learned_bytes": 0}
         self.sketch = set()
-
-    def append(self, kind, values):
-        self.files[kind].write(np.asarray(values, dtype=self.dtypes[kind]).tobytes())
+        self.end_is_learned = True  # is the last part that was written?
 
     def write(self, parts):
-        """
-        Tokenizes the parts' text as one, as a model will see it. A token that straddles a boundary between a prompt
-        and a response is learned: it holds a part of the response, and is what the model has to say after the prompt's
-        whole tokens.
-        """
-        raw = [text.encode("utf-8", "replace") for text, _ in parts]  # JSON can hold lone surrogates, no tokenizer can
+        """Adds a unit. Its parts are tokenized as one text, since that is what a model will see."""
+        # JSON can hold lone surrogates, which no tokenizer can encode.
+        raw = [text.encode("utf-8", "replace") for text, _ in parts]
         ids = self.tokenizer.encode_to_numpy(b"".join(raw).decode(), disallowed_special=())
-        self.append(".bin", ids)
+        self.tokens.append(ids)
         self.counts["tokens"] += len(ids)
         self.counts["bytes"] += sum(map(len, raw))
-        if ".mask.bin" in self.files:
-            learned = np.repeat([flag for _, flag in parts], [len(r) for r in raw])  # of each byte
-            lengths = [len(self.tokenizer.decode_single_token_bytes(i)) for i in ids.tolist()]
-            mask = np.logical_or.reduceat(learned, np.cumsum([0, *lengths[:-1]]))  # of each token
-            self.append(".mask.bin", mask)
-            self.counts["learned"] += int(mask.sum())
-            self.counts["learned_bytes"] += sum(len(r) for r, (_, flag) in zip(raw, parts) if flag)
+        self.end_is_learned = parts[-1][1]
+        if self.mask:
+            self.write_mask(ids, raw, [learned for _, learned in parts])
 
-    def end_document(self, learned):
-        self.append(".bin", [self.tokenizer.eot_token])
+    def write_mask(self, ids, raw, learned):
+        """
+        A token that straddles the boundary between a prompt and a response is learned: it holds a
+        part of the response, and is what the model has to say after the prompt's whole tokens.
+        """
+        byte_is_learned = np.repeat(learned, [len(part) for part in raw])
+        token_lengths = [len(self.tokenizer.decode_single_token_bytes(i)) for i in ids.tolist()]
+        token_starts = np.cumsum([0, *token_lengths[:-1]])
+        mask = np.logical_or.reduceat(byte_is_learned, token_starts)  # any byte of each token
+        self.mask.append(mask)
+        self.counts["learned"] += int(mask.sum())
+        self.counts["learned_bytes"] += int(byte_is_learned.sum())
+
+    def end_document(self):
+        """Adds <|endoftext|>, which is learned if the text before it is."""
+        self.tokens.append([self.tokenizer.eot_token])
         self.counts["tokens"] += 1
         self.counts["documents"] += 1
-        if ".mask.bin" in self.files:
-            self.append(".mask.bin", [learned])
-            self.counts["learned"] += learned
+        if self.mask:
+            self.mask.append([self.end_is_learned])
+            self.counts["learned"] += self.end_is_learned
+
+    def add_to_sketch(self, hashed):
+        """Keeps the SKETCH smallest hashes; cutting only now and then is faster."""
+        self.sketch.add(hashed)
+        if len(self.sketch) > 4 * SKETCH:
+            self.sketch = set(heapq.nsmallest(SKETCH, self.sketch))
+
+    def finish(self):
+        """Returns what meta.json says about the split, once everything is on the disk."""
+        self.counts["sha256"] = self.tokens.finish()
+        if self.mask:
+            self.counts["mask_sha256"] = self.mask.finish()
+        self.counts["sketch"] = " ".join(heapq.nsmallest(SKETCH, self.sketch))
+        return self.counts
 
     def close(self):
-        """Returns counts, hashes and the sketch once everything is on the disk."""
-        for kind, file in self.files.items():
-            file.flush()
-            os.fsync(file.fileno())
-            file.seek(0)
-            self.counts["mask_sha256" if "mask" in kind else "sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
-            file.close()
-        return self.counts | {"sketch": " ".join(heapq.nsmallest(SKETCH, self.sketch))}
+        self.tokens.file.close()
+        if self.mask:
+            self.mask.file.close()
 
 
 def place(parts, seed):
-    """A unit's text -> (a hash of it, its place in [0, 1) under a seed): the same in whatever set it turns up."""
-    digest = hashlib.blake2b("".join(text for text, _ in parts).encode("utf-8", "replace"), digest_size=12).hexdigest()
+    """
+    A unit -> (a hash of its text, its place in [0, 1) under a seed): the same in whatever set it
+    is. The golden ratio's fraction moves the places by a different amount for each seed.
+    """
+    text = "".join(text for text, _ in parts)
+    digest = hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=12).hexdigest()
     return digest[:12], (int(digest[12:], 16) / 2**48 + 0.618034 * seed) % 1
+
+
+def split_bounds(name, first, seed, fractions):
+    """
+    val takes the units whose place is below the first number returned, test those from the second
+    on. These are fractions[0] and 1 - fractions[1], so that sets prepared with other fractions
+    overlap little. first: the first FEW units; if there are no more, val and test get at least one.
+    """
+    val_end = fractions[0]
+    test_start = 1 - fractions[1]
+    places = sorted({place(unit.parts, seed)[1] for unit in first})
+    if len(places) < FEW:  # all there are, or many are alike
+        if len(places) < 3:
+            fail(f"{name}: {len(places)} different documents (pages, where one has over {WHOLE:,} "
+                 "characters), too few for train, val and test; give it more text")
+        val_end = max(val_end, np.nextafter(places[0], 1))
+        test_start = min(test_start, places[-1])
+    return val_end, test_start
+
+
+def write_splits(writers, units, seed, val_end, test_start):
+    """Sends each unit to its split's writer. Returns the number of documents."""
+    n_documents = 0
+    previous = None  # the writer of the unit before this one
+    for unit in units:
+        hashed, at = place(unit.parts, seed)
+        if at < val_end:
+            writer = writers["val"]
+        elif at >= test_start:
+            writer = writers["test"]
+        else:
+            writer = writers["train"]
+        # A long document's text ends, too, where its next page goes to another split.
+        if previous and (unit.starts_document or writer is not previous):
+            previous.end_document()
+        writer.write(unit.parts)
+        writer.add_to_sketch(hashed)
+        n_documents += unit.starts_document
+        previous = writer
+    previous.end_document()
+    return n_documents
+
+
+def make_partial_folder(final):
+    """
+    The folder in which a set is written, until it is complete. mkdir() makes it exclusively: a
+    second program that prepares the same set ends here.
+    """
+    partial = final.with_name(f".{final.name}.partial")
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f"cannot write {partial}: {error.strerror}")
+    try:
+        partial.mkdir()
+    except FileExistsError:
+        fail(f"{partial} exists: another program may be writing it now, or one was killed while it "
+             f"did; if none is, delete it: rm -r {shlex.quote(str(partial))}")
+    except OSError as error:
+        fail(f"cannot write {partial}: {error.strerror}")
+    return partial
+
+
+def move_into_place(partial, final):
+    """
+    Renames partial to final. A set that is there already is moved aside first and deleted last, so
+    that it comes back if anything fails. (Windows renames no folder onto another one.)
+    """
+    aside = final.with_name(f".{final.name}.old")
+    try:
+        if final.is_dir() and not final.is_symlink():
+            shutil.rmtree(aside, ignore_errors=True)  # left by a killed program
+            os.rename(final, aside)
+        os.rename(partial, final)
+    finally:
+        if aside.exists() and not final.exists():
+            os.rename(aside, final)
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def settings(args):
+    """The flags that a prepared set depends on, beside its text."""
+    return {flag: getattr(args, flag)
+            for flag in ("tokenizer", "seed", "val_fraction", "test_fraction")}
+
+
+def check_splits(name, splits, n_documents):
+    """Each split must hold something."""
+    for split in SPLITS:
+        if splits[split]["tokens"] == 0:
+            mend = f"a larger --{split}_fraction"
+            if split == "train":
+                mend = "smaller fractions of val and test"
+            fail(f"{name}: its {split} split is empty ({n_documents:,} documents); give it more "
+                 f"text or {mend}")
+
+
+def print_set(name, schema, splits, n_documents):
+    """A line that says what was written."""
+    note = ""
+    if schema != "text":
+        learned = sum(counts["learned"] for counts in splits.values())
+        tokens = sum(counts["tokens"] for counts in splits.values())
+        note = f", {schema}, {learned / tokens:.0%} of tokens learned"
+    sizes = "".join(f" {splits[split]['tokens']:>12,} {split}" for split in SPLITS)
+    say(f"  {name:11s}{sizes}   ({n_documents:,} documents{note})")
 
 
 def write_set(name, units, tokenizer, args, fractions, origin):
     """
-    Tokenizes units (schema, does a document begin?, parts) into data_dir/name. val takes those whose place is below
-    the first of `fractions`, test those from 1 minus the second: sets prepared with other fractions then overlap
-    little. The folder appears whole or not at all: it is renamed when complete. origin says where the text came from.
+    Tokenizes units into the folder data_dir/name, which appears as a whole or not at all. fractions
+    are the shares of val and test; origin says where the text came from.
     """
-    dtype = "uint16" if tokenizer.n_vocab <= 65_536 else "uint32"
-    final, partial = Path(args.data_dir, name), Path(args.data_dir, f".{name}.partial")
     first = list(itertools.islice(units, FEW))
     if not first:
         fail(f"{name}: {origin} holds no text")
-    val_end, test_start = fractions[0], 1 - fractions[1]
-    places = sorted({place(parts, args.seed)[1] for _, _, parts in first})
-    if len(places) < FEW:  # all there are, or many are alike
-        if len(places) < 3:
-            fail(f"{name}: {len(places)} different documents (pages, where one has over {WHOLE:,} characters), too few "
-                 "for train, val and test; give it more text")
-        val_end, test_start = max(val_end, np.nextafter(places[0], 1)), min(test_start, places[-1])
-    ours, schema = False, first[0][0]
+    schema = first[0].schema
+    val_end, test_start = split_bounds(name, first, args.seed, fractions)
+    dtype = "uint16" if tokenizer.n_vocab <= 65_536 else "uint32"
+    final = Path(args.data_dir, name)
+    partial = make_partial_folder(final)
+    writers = {}
     try:
-        partial.mkdir(parents=True, exist_ok=True)
-        handle = os.open(partial, os.O_RDONLY)
-        lock(handle, partial, f"wait until it has prepared '{name}', or choose another name")
-        ours = True
-        if final.exists() and not args.overwrite:  # it was not when this program began
+        if final.exists() and not args.overwrite:  # another program wrote it in the meantime
             fail(f"{final} exists; choose another name or add --overwrite")
-        for left in partial.iterdir():  # by a killed run
-            left.unlink()
-        files = {split: SplitFiles(partial, split, tokenizer, dtype, schema != "text") for split in SPLITS}
-        split, n_documents = None, 0  # split: of the document being written
-        for _, starts, parts in itertools.chain(first, units):
-            hashed, at = place(parts, args.seed)
-            goes_to = "val" if at < val_end else "test" if at >= test_start else "train"
-            if split and (starts or goes_to != split):
-                files[split].end_document(learned)
-            n_documents += starts
-            split, learned = goes_to, parts[-1][1]
-            files[split].write(parts)
-            files[split].sketch.add(hashed)
-            if len(files[split].sketch) > 4 * SKETCH:
-                files[split].sketch = set(heapq.nsmallest(SKETCH, files[split].sketch))
-        files[split].end_document(learned)
-        splits = {split: file.close() for split, file in files.items()}
         for split in SPLITS:
-            if splits[split]["tokens"] == 0:
-                mend = "smaller fractions of val and test" if split == "train" else f"a larger --{split}_fraction"
-                fail(f"{name}: its {split} split is empty ({n_documents:,} documents); give it more text or {mend}")
-        meta = {"name": name, "origin": origin, "schema": schema, "tokenizer": tokenizer.name,
-                "vocab_size": tokenizer.n_vocab, "eot_token": tokenizer.eot_token, "dtype": dtype,
-                "documents": n_documents, "settings": settings(args), "splits": splits}
+            writers[split] = SplitWriter(partial, split, tokenizer, dtype, schema != "text")
+        units = itertools.chain(first, units)
+        n_documents = write_splits(writers, units, args.seed, val_end, test_start)
+        splits = {split: writer.finish() for split, writer in writers.items()}
+        check_splits(name, splits, n_documents)
+        meta = {
+            "name": name,
+            "origin": origin,
+            "schema": schema,
+            "tokenizer": tokenizer.name,
+            "vocab_size": tokenizer.n_vocab,
+            "eot_token": tokenizer.eot_token,
+            "dtype": dtype,
+            "documents": n_documents,
+            "settings": settings(args),
+            "splits": splits,
+        }
         save_atomically(partial / "meta.json", lambda f: f.write(json.dumps(meta, indent=1).encode()))
-        shutil.rmtree(final, ignore_errors=True)  # only here with --overwrite
-        os.replace(partial, final)
+        for writer in writers.values():
+            writer.close()  # Windows renames no folder with open files
+        move_into_place(partial, final)
     except OSError as error:
         fail(f"cannot write {partial}: {error.strerror}; nothing of {name} was changed")
-    finally:
-        if ours:
-            shutil.rmtree(partial, ignore_errors=True)
-            os.close(handle)
-    total = {key: sum(s[key] for s in splits.values()) for key, v in splits["train"].items() if isinstance(v, int)}
-    note = f", {schema}, {total['learned'] / total['tokens']:.0%} of tokens learned" if schema != "text" else ""
-    say(f"  {name:11s}" + "".join(f" {splits[s]['tokens']:>12,} {s}" for s in SPLITS)
-        + f"   ({n_documents:,} documents{note})")
+    finally:  # after an error or Ctrl-C, too; there is nothing left to delete if all went well
+        for writer in writers.values():
+            writer.close()
+        shutil.rmtree(partial, ignore_errors=True)
+    print_set(name, schema, splits, n_documents)
 
 
-def settings(args):
-    """The flags that a prepared set depends on beside its text."""
-    return {flag: getattr(args, flag) for flag in ("tokenizer", "seed", "val_fraction", "test_fraction")}
-
-
-# ---- reading what was written ---------------------------------------------------------------------------------------
+# ---- reading: how a split is shown in windows of block_size + 1 tokens ---------------------------
 
 @functools.lru_cache(maxsize=64)
 def mapped(path, dtype):
     """The numbers in a file. Only the files used last stay open: a system may allow 256 of them."""
-    return np.memmap(path, dtype=dtype, mode="r") if os.path.getsize(path) else np.zeros(0, dtype)
+    if os.path.getsize(path) == 0:  # which cannot be mapped
+        return np.zeros(0, dtype)
+    return np.asarray(np.memmap(path, dtype=dtype, mode="r"))
+
+
+def places_at(u, n, extra, visible):
+    """
+    Fractions u (B,) in [0, 1) -> where windows begin, (B,) int64, among the n places of a split. A
+    window takes 1 + extra places.
+
+    Only the share `visible` of the places is shown. This is not the beginning of the split, which
+    may all be of one kind: it is cut into stretches, spread evenly, of some 64 windows each.
+
+        n places, 3 stretches, visible = 0.3      |#####---------|#####---------|#####---------|
+    """
+    n_visible = max(n * visible, 1 + extra)  # never less than one window
+    stretches = 1
+    if n_visible < n:
+        stretches = max(1, int(n_visible / (64 + 64 * extra)))
+    # which stretch (its number is the whole part), and how far into it
+    stretch, within = np.divmod(u * stretches, 1)
+    place = stretch * n / stretches + within * (n_visible / stretches - extra)
+    return place.astype(np.int64)
+
+
+def spread_evenly(n, wanted):
+    """At most `wanted` of the numbers 0 ... n - 1, at least one, from the first to the last."""
+    wanted = max(1, min(n, wanted))
+    return np.unique(np.linspace(0, n - 1, wanted).round().astype(np.int64))
+
+
+class TextSplit:
+    """Text: a window may start at any token that has block_size more behind it."""
+
+    def __init__(self, n_tokens, n_learned, block_size):
+        self.n_tokens = n_tokens
+        self.n_learned = n_learned
+        self.block_size = block_size
+
+    def available(self):
+        return self.n_tokens
+
+    def at_fraction(self, u, visible):
+        return places_at(u, self.n_tokens, self.block_size, visible)
+
+    def spread(self, max_tokens):
+        n_windows = (self.n_tokens - 1) // self.block_size
+        return spread_evenly(n_windows, max_tokens // self.block_size) * self.block_size
+
+    def positions(self, start):
+        at = start[:, None] + np.arange(self.block_size + 1)
+        return at, np.ones_like(at, dtype=bool)
+
+
+class PackedSplit:
+    """Examples: a window is one of the rows that pack() made of them, and starts where it does."""
+
+    def __init__(self, row_starts, row_ends, n_learned, block_size):
+        self.row_starts = row_starts  # (R,)
+        self.row_ends = row_ends  # (R,)
+        self.n_learned = n_learned
+        self.block_size = block_size
+
+    def available(self):
+        return len(self.row_starts) * self.block_size
+
+    def at_fraction(self, u, visible):
+        return self.row_starts[places_at(u, len(self.row_starts), 0, visible)]
+
+    def spread(self, max_tokens):
+        return self.row_starts[spread_evenly(len(self.row_starts), max_tokens // self.block_size)]
+
+    def positions(self, start):
+        at = start[:, None] + np.arange(self.block_size + 1)
+        row = np.searchsorted(self.row_starts, start)
+        last = self.row_ends[row][:, None] - 1
+        # Behind a row comes the next example, or nothing. The row's last token stands in for it.
+        return np.minimum(at, last), at <= last
+
+
+def pack(starts, ends, mask, room):
+    """
+    Packs examples, which start and end at (E,) tokens, into rows of at most `room` tokens.
+
+    Walks over them in order: a row begins with an example and holds as many whole ones as fit. An
+    example that is longer than a row has one of its own, and loses its end. One that has nothing to
+    learn within a row, since its prompt fills it, begins none.
+
+    Returns where rows start (R,) and end (R,), and the number of examples without anything to learn.
+    """
+    has_response = np.maximum.reduceat(mask, starts) > 0  # (E,): any 1 up to the next start
+    for i in np.flatnonzero(ends - starts > room):
+        has_response[i] = mask[starts[i]:starts[i] + room].any()
+    n_left_out = np.count_nonzero(~has_response)
+
+    # Each row depends on the one before, so that this is a plain loop; lists make it a quick one.
+    starts = starts.tolist()
+    ends = ends.tolist()
+    has_response = has_response.tolist()
+    row_starts = []
+    row_ends = []
+    i = 0
+    while i < len(starts):
+        if not has_response[i]:
+            i += 1
+            continue
+        limit = starts[i] + room
+        row_starts.append(starts[i])
+        row_end = min(ends[i], limit)
+        i += 1
+        while i < len(starts) and ends[i] <= limit:
+            row_end = ends[i]
+            i += 1
+        row_ends.append(row_end)
+    return np.array(row_starts, dtype=np.int64), np.array(row_ends, dtype=np.int64), n_left_out
 
 
 class TokenSet:
     """
-    A folder that write_set() filled: its meta.json and, for each split, a memory map of the tokens.
+    A folder that write_set() filled: its meta.json and, for each split, a memory map of its tokens.
 
-    Text is read in windows that start anywhere. Examples (a set with masks) are packed: a row holds as many whole ones
-    as fit block_size + 1 tokens, and nothing behind its last one is learned. `rows[split]` is then (2, R), where rows
-    start and end. An example longer than a row is cut at its end; one whose prompt alone fills the row is left out.
+    visible is the share of the train split that is shown. For examples, n_examples counts them in
+    all splits; n_cut are longer than a row and lose their end, n_left_out have no learned token in
+    a row.
     """
 
-    def __init__(self, data_dir, name, block_size):
-        self.name, self.block_size, self.folder = name, block_size, Path(data_dir, name)
+    def __init__(self, data_dir, name, block_size, visible=1.0):
+        self.name = name
+        self.folder = Path(data_dir, name)
+        self.block_size = block_size
+        self.visible = visible
+        self.n_examples = 0
+        self.n_cut = 0
+        self.n_left_out = 0
         if not (self.folder / "meta.json").is_file():
-            there = sorted(m.parent.name for m in Path(data_dir).glob("[!.]*/meta.json"))
-            mend = "python prepare_data.py" + ("" if name in SAMPLE else f" {name}=PATH")
-            fail(f"no set '{name}' in {data_dir}/ (there: {', '.join(there) or 'none'}); prepare it with: {mend}")
-        self.again = f"prepare '{name}' again with --overwrite"
+            there = sorted(meta.parent.name for meta in Path(data_dir).glob("[!.]*/meta.json"))
+            command = "python prepare_data.py"
+            if name not in SAMPLE:
+                command += f" {name}=PATH"
+            fail(f"no set '{name}' in {data_dir}/ (there: {', '.join(there) or 'none'}); prepare "
+                 f"it with: {command}")
         try:
-            self.meta = json.loads((self.folder / "meta.json").read_text())
-            self.tokenizer, self.vocab_size = self.meta["tokenizer"], self.meta["vocab_size"]
-            self.dtype, self.masked = np.dtype(self.meta["dtype"]), "learned" in self.meta["splits"]["train"]
-            self.rows, self.learned = {}, {}
-            self.visible = 1.0  # share of the train split that is shown
-            self.cut = np.zeros(3, dtype=np.int64)  # examples; longer than a row; without a response in it
-            for split in SPLITS:
-                self.open_split(split, self.meta["splits"][split])
-            self.digest = [self.meta["splits"][s].get(key) for s in SPLITS for key in ("sha256", "mask_sha256")]
+            self.open()
         except OSError as error:
             fail(f"cannot read {error.filename}: {error.strerror}")
         except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
-            fail(f"{self.folder}/meta.json is not what prepare_data.py writes ({error!r}); {self.again}")
+            self.fail_damaged(f"{self.folder}/meta.json is not what prepare_data.py writes "
+                              f"({error!r})")
 
-    def open_split(self, split, counts):
-        n, learned = counts["tokens"], counts.get("learned")
-        for end, dtype in [(".bin", self.dtype)] + [(".mask.bin", np.dtype(np.uint8))] * self.masked:
-            path = self.folder / f"{split}{end}"
-            size = path.stat().st_size if path.exists() else -1
-            if size != n * dtype.itemsize:
-                fail(f"{path}: {'missing' if size < 0 else f'{size} bytes'}, but meta.json says {n} tokens of "
-                     f"{dtype.itemsize} bytes; {self.again}")
-        self.tokens(split)  # raises now where it may not be read
-        self.learned[split] = n if learned is None else learned
+    def open(self):
+        self.meta = json.loads((self.folder / "meta.json").read_text())
+        self.tokenizer = self.meta["tokenizer"]
+        self.vocab_size = self.meta["vocab_size"]
+        self.dtype = np.dtype(self.meta["dtype"])
+        self.masked = "learned" in self.meta["splits"]["train"]
+        self.splits = {split: self.open_split(split) for split in SPLITS}
+        # Called here so that counts that are missing raise now, and not at the end of a run.
+        for split in SPLITS:
+            self.tokens_per_byte(split)
+        self.averages()
+        self.digest = []  # tells whether two folders hold the same tokens
+        for split in SPLITS:
+            self.digest.append(self.meta["splits"][split].get("sha256"))
+            self.digest.append(self.meta["splits"][split].get("mask_sha256"))
+
+    def open_split(self, split):
+        n_tokens = self.meta["splits"][split]["tokens"]
+        n_learned = self.meta["splits"][split].get("learned", n_tokens)
+        self.check_size(f"{split}.bin", n_tokens, self.dtype)
+        self.tokens(split)  # raises now if we may not read the file
         if self.masked:
-            mask = self.mask(split)
-            found = np.count_nonzero(mask), mask.max(initial=0)
-            if found != (learned, 1):
-                fail(f"{self.folder}/{split}.mask.bin: {found[0]} learned tokens, highest value {found[1]}, but "
-                     f"meta.json says {learned} and 1; {self.again}")
+            self.check_size(f"{split}.mask.bin", n_tokens, np.dtype(np.uint8))
+            self.check_mask(split, n_learned)
         if self.meta.get("schema", "text") != "text":
-            self.pack(split)
-        elif n < self.block_size + 1:
-            fail(f"{self.folder}/{split}.bin: {n} tokens, too short for --block_size {self.block_size} (needs "
-                 f"{self.block_size + 1}); give '{self.name}' more text or lower --block_size")
-        self.tokens_per_byte(split), self.averages()  # raise now, and not after the run, where such counts are missing
+            return self.open_examples(split)
+        if n_tokens < self.block_size + 1:
+            fail(f"{self.folder}/{split}.bin: {n_tokens} tokens, too short for --block_size "
+                 f"{self.block_size} (needs {self.block_size + 1}); give '{self.name}' more text "
+                 "or lower --block_size")
+        return TextSplit(n_tokens, n_learned, self.block_size)
+
+    def open_examples(self, split):
+        room = self.block_size + 1
+        mask = self.mask(split)
+        starts, ends = self.examples(split)
+        row_starts, row_ends, n_left_out = pack(starts, ends, mask, room)
+        if len(row_starts) == 0:
+            fail(f"{self.name}/{split}: no example has a response within --block_size "
+                 f"{self.block_size}; raise it")
+        self.n_examples += len(starts)
+        self.n_cut += np.count_nonzero(ends - starts > room)
+        self.n_left_out += n_left_out
+        n_learned = 0
+        for start, end in zip(row_starts.tolist(), row_ends.tolist()):
+            n_learned += np.count_nonzero(mask[start + 1:end])  # nothing predicts a row's first token
+        return PackedSplit(row_starts, row_ends, n_learned, self.block_size)
+
+    def fail_damaged(self, what):
+        fail(f"{what}; prepare '{self.name}' again with --overwrite")
+
+    def check_size(self, file, n_tokens, dtype):
+        path = self.folder / file
+        found = f"{path.stat().st_size} bytes" if path.exists() else "missing"
+        if found != f"{n_tokens * dtype.itemsize} bytes":
+            self.fail_damaged(f"{path}: {found}, but meta.json says {n_tokens} tokens of "
+                              f"{dtype.itemsize} bytes")
+
+    def check_mask(self, split, n_learned):
+        mask = self.mask(split)
+        found = np.count_nonzero(mask)
+        highest = mask.max(initial=0)
+        if found != n_learned or highest != 1:
+            self.fail_damaged(f"{self.folder}/{split}.mask.bin: {found} learned tokens, highest "
+                              f"value {highest}, but meta.json says {n_learned} and 1")
 
     def tokens(self, split):
         """Token ids of a split, (n,)."""
         return mapped(self.folder / f"{split}.bin", self.dtype)
 
     def mask(self, split):
-        """1 where a token of a split is learned, 0 where it is only read, (n,); only where the set is `masked`."""
+        """1 for a token that is learned, 0 for one that is only read, (n,); if the set is masked."""
         return mapped(self.folder / f"{split}.mask.bin", np.dtype(np.uint8))
 
     def examples(self, split):
-        """Where examples start and end, (E,) and (E,): each has one <|endoftext|>, its last token."""
+        """Where examples start and end, (E,) and (E,): the last token of each is <|endoftext|>."""
         ends = np.flatnonzero(self.tokens(split) == self.meta["eot_token"]) + 1
-        if not len(ends) or ends[-1] != len(self.tokens(split)):
-            fail(f"{self.name}/{split}.bin does not end in <|endoftext|> as examples do; {self.again}")
+        if len(ends) == 0 or ends[-1] != len(self.tokens(split)):
+            self.fail_damaged(f"{self.name}/{split}.bin does not end in <|endoftext|> as examples "
+                              "do")
         return np.concatenate([[0], ends[:-1]]), ends
-
-    def pack(self, split):
-        """Fills rows[split], walking over the examples in order, and sets learned[split] to what the rows show."""
-        mask, room = self.mask(split), self.block_size + 1
-        starts, ends = self.examples(split)
-        rises = np.append(np.flatnonzero(mask[1:] > mask[:-1]) + 1, len(mask))  # where learned tokens begin
-        answer = np.where(mask[starts] > 0, starts, rises[np.searchsorted(rises, starts)])  # first learned token, (E,)
-        usable = (answer < ends) & (answer - starts < room)
-        fitting = np.searchsorted(ends, starts + room, side="right")  # the examples before this one fit whole
-        after = np.maximum(fitting, np.arange(1, len(starts) + 1))  # the example that begins the next row
-        following, chosen, i = np.where(usable, after, np.arange(1, len(starts) + 1)).tolist(), [], 0
-        while i < len(starts):  # each row's start depends on the row before
-            chosen.append(i)
-            i = following[i]
-        chosen = np.array(chosen, dtype=np.int64)
-        chosen = chosen[usable[chosen]]
-        if not len(chosen):
-            fail(f"{self.name}/{split}: no example has a response within --block_size {self.block_size}; raise it")
-        row_ends = np.where(fitting > np.arange(len(starts)), ends[after - 1], starts + room)[chosen]
-        self.rows[split] = np.stack([starts[chosen], row_ends])
-        # no row predicts its first token; reduceat sums from each bound to the next, every other one a row
-        bounds = np.stack([starts[chosen] + 1, row_ends], axis=1).ravel()
-        self.learned[split] = int(np.add.reduceat(np.append(mask, 0), bounds, dtype=np.int64)[::2].sum())
-        self.cut += np.array([len(starts), (ends - starts > room).sum(), (~usable).sum()])
 
     def available(self, split):
         """Tokens that a split can show; packed examples count with what fills the rows."""
-        return len(self.rows[split][0]) * self.block_size if split in self.rows else len(self.tokens(split))
+        return self.splits[split].available()
 
     def density(self, split):
         """Learned tokens per token drawn from a split; 1 for text."""
-        return self.learned[split] / self.available(split)
+        return self.splits[split].n_learned / self.splits[split].available()
 
     def tokens_per_byte(self, split):
-        """Learned tokens of a split per byte of learned text: turns a loss a token into one a byte."""
+        """Learned tokens per byte of learned text: turns a loss per token into one per byte."""
         counts = self.meta["splits"][split]
-        return counts.get("learned", counts["tokens"]) / counts.get("learned_bytes", counts["bytes"])
+        tokens = counts.get("learned", counts["tokens"])
+        return tokens / counts.get("learned_bytes", counts["bytes"])
 
     def averages(self):
         """(bytes per token, tokens per document) of all splits; <|endoftext|> is a token."""
-        tokens, size, documents = (sum(s[key] for s in self.meta["splits"].values())
-                                   for key in ("tokens", "bytes", "documents"))
-        return size / tokens, tokens / self.meta.get("documents", documents)
+        splits = self.meta["splits"].values()
+        tokens = sum(counts["tokens"] for counts in splits)
+        n_bytes = sum(counts["bytes"] for counts in splits)
+        pieces = sum(counts["documents"] for counts in splits)  # a divided document has several
+        return n_bytes / tokens, tokens / self.meta.get("documents", pieces)
 
     def at_fraction(self, split, u):
-        """Where windows begin, for fractions u (B,) in [0, 1) of the visible part, stretches spread over a split."""
-        n, T = (len(self.rows[split][0]), 0) if split in self.rows else (len(self.tokens(split)), self.block_size)
-        visible = max(n * self.visible, T + 1) if split == "train" else n  # never less than a window
-        stretches = max(1, int(visible / (64 * T + 64))) if visible < n else 1  # of some 64 windows each
-        stretch, within = np.divmod(u * stretches, 1)
-        i = (stretch * n / stretches + within * (visible / stretches - T)).astype(np.int64)
-        return self.rows[split][0][i] if split in self.rows else i
+        """Where windows begin, (B,), for fractions u (B,) in [0, 1) of what a split shows."""
+        visible = self.visible if split == "train" else 1.0
+        return self.splits[split].at_fraction(u, visible)
 
     def spread(self, split, max_tokens):
-        """Where disjoint windows begin, evenly spread over a split, of at most max_tokens in all: always the same."""
-        n = len(self.rows[split][0]) if split in self.rows else (len(self.tokens(split)) - 1) // self.block_size
-        pick = np.unique(np.linspace(0, n - 1, max(1, min(n, max_tokens // self.block_size))).round().astype(np.int64))
-        return self.rows[split][0][pick] if split in self.rows else pick * self.block_size
+        """Where disjoint windows begin, spread evenly over a split, of at most max_tokens in all:
+        always the same ones."""
+        return self.splits[split].spread(max_tokens)
 
     def windows(self, split, start):
-        """Windows at start (B,) of a split -> inputs and next-token targets, (B, T) int64, IGNORE where not learned."""
-        at, within = start[:, None] + np.arange(self.block_size + 1), True  # (B, T + 1)
-        if split in self.rows:  # behind a row comes the next example, and at the end nothing: filled, never learned
-            last = self.rows[split][1][np.searchsorted(self.rows[split][0], start)][:, None] - 1
-            within, at = at <= last, np.minimum(at, last)
+        """
+        Windows that begin at start (B,) of a split -> inputs and next-token targets, both (B, T)
+        int64. Targets that are not learned are IGNORE.
+        """
+        at, inside = self.splits[split].positions(start)  # (B, T + 1), the second bool
         ids = self.tokens(split)[at].astype(np.int64)
         if ids.max() >= self.vocab_size:
-            fail(f"{self.name}/{split}.bin holds token id {ids.max()}, outside the vocabulary of {self.vocab_size}; "
-                 f"{self.again}")
-        x, y = ids[:, :-1], ids[:, 1:]
+            self.fail_damaged(f"{self.name}/{split}.bin holds token id {ids.max()}, outside the "
+                              f"vocabulary of {self.vocab_size}")
+        x = ids[:, :-1]
+        y = ids[:, 1:]
         if self.masked:
-            learned = (self.mask(split)[at] > 0) & within
+            learned = (self.mask(split)[at] > 0) & inside
             y = np.where(learned[:, 1:], y, IGNORE)
         return x, y
 
 
 def gather(sets, split, source, u):
     """
-    Sequence i starts at the fraction u[i] of a split of sets[source[i]]. Returns inputs and next-token targets, both
-    (B, T) int64. Loops over sources, never over tokens.
+    Sequence i is the window at the fraction u[i] of a split of sets[source[i]]. Returns inputs and
+    next-token targets, both (B, T) int64. Loops over sources, never over tokens.
     """
-    x, y = np.empty((2, len(source), sets[0].block_size), dtype=np.int64)
+    shape = (len(source), sets[0].block_size)
+    x = np.empty(shape, dtype=np.int64)
+    y = np.empty(shape, dtype=np.int64)
     for k in np.unique(source):
         rows = np.flatnonzero(source == k)
         x[rows], y[rows] = sets[k].windows(split, sets[k].at_fraction(split, u[rows]))
     return x, y
 
 
-def sample_is_there(name, args):
-    """True where the sample's set was prepared before. Anything else of that name ends the program."""
-    folder, meta = Path(args.data_dir, name), {}
-    with contextlib.suppress(OSError, ValueError):
-        meta = json.loads((folder / "meta.json").read_text())
-    if meta.get("origin", "the sample") != "the sample":
-        fail(f"{folder} was made from {meta['origin']}, and the sample has a set '{name}' too; use another --data_dir")
-    if args.overwrite or not folder.exists():
-        return False
-    if meta.get("settings") != settings(args):
-        fail(f"{folder} exists, prepared with other settings; add --overwrite to replace it")
-    say(f"  {name:11s} is there already, kept")
-    return True
+# ---- the sets of a run ---------------------------------------------------------------------------
+
+def overlap(some, others):
+    """
+    About the share of one split's documents that another one holds too, from their counts in
+    meta.json. A sketch holds the smallest hashes of a split, up to its last one: beyond that it
+    knows nothing, unless it is not full, since then it holds all of them.
+    """
+    sketch = some.get("sketch", "").split()
+    other_sketch = others.get("sketch", "").split()
+    known_up_to = "g"  # beyond any hash, whose digits are 0 to f
+    for hashes in (sketch, other_sketch):
+        if len(hashes) == SKETCH:
+            known_up_to = min(known_up_to, hashes[-1])
+    compared = {hashed for hashed in sketch if hashed <= known_up_to}
+    if not compared:
+        return 0.0
+    return len(compared & set(other_sketch)) / len(compared)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     usage="python prepare_data.py [NAME=PATH ...] [options]   (--help for all)")
-    parser.add_argument("sets", nargs="*", metavar="NAME=PATH", help="a set's name and its text; none: the sample")
-    parser.add_argument("--tokenizer", default="bytes",
-                        help="bytes, gpt2, cl100k_base, another tiktoken encoding, or FILE.tiktoken (default: bytes)")
-    parser.add_argument("--text_key", help="key of a document's text in records (default: text)")
-    parser.add_argument("--prompt_key", help="key of an example's prompt (default: a known one)")
-    parser.add_argument("--response_key", help="key of its response")
-    parser.add_argument("--data_dir", default="data", help="folder of the prepared sets (default: data)")
-    parser.add_argument("--val_fraction", type=float, default=0.05, help="share of documents in val (default: 0.05)")
-    parser.add_argument("--test_fraction", type=float, default=0.05, help="share of documents in test (default: 0.05)")
-    parser.add_argument("--seed", type=int, default=1337, help="of the split and of `noise` (default: 1337)")
-    parser.add_argument("--overwrite", action="store_true", help="replace prepared sets of the same name")
-    args = parser.parse_args()
-    fractions = args.val_fraction, args.test_fraction
-    if not (min(fractions) > 0 and sum(fractions) < 1):
-        fail(f"--val_fraction {args.val_fraction} and --test_fraction {args.test_fraction} must be above 0 and leave "
-             "something to train on")
+def load_sets(data_dir, names, targets, block_size, visible=1.0):
+    """
+    Opens the sources (names) and the targets of a run -> {name: TokenSet}, each once. visible is
+    the share of each train split that is shown. Fails unless all have one tokenizer. Prints how
+    many examples are cut by block_size, and which sources hold text of a target's val or test.
+    """
+    sets = {}
+    for name in [*names, *targets]:
+        if name not in sets:
+            sets[name] = TokenSet(data_dir, name, block_size, visible)
+
+    first = sets[names[0]]
+    for other in sets.values():
+        if (other.tokenizer, other.vocab_size) != (first.tokenizer, first.vocab_size):
+            fail(f"'{other.name}' was made with the tokenizer {other.tokenizer} "
+                 f"({other.vocab_size} ids), '{first.name}' with {first.tokenizer} "
+                 f"({first.vocab_size}); prepare all with the same --tokenizer")
+
+    for s in sets.values():
+        if s.n_cut:
+            say(f"{s.name}: of {s.n_examples:,} examples {s.n_cut:,} are longer than --block_size "
+                f"{block_size} and lose their end; {s.n_left_out:,} have a prompt as long and are "
+                "left out")
+
+    for target, name, split in itertools.product(targets, names, ("val", "test")):
+        train = sets[name].meta["splits"]["train"]
+        share = overlap(sets[target].meta["splits"][split], train)
+        if share >= 0.005:
+            say(f"warning: about {share:.0%} of the {split} split of target {target} is in the "
+                f"train split of source {name}")
+    return sets
+
+
+def sample_sources(data_dir):
+    """The sources of the sample that are prepared in data_dir; a machine may lack some of them."""
+    return [name for name in SAMPLE_SOURCES if Path(data_dir, name, "meta.json").is_file()]
+
+
+# ---- the command line ----------------------------------------------------------------------------
+
+def parse_args(argv):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="python prepare_data.py [NAME=PATH ...] [options]   (--help for all)")
+    g = parser.add_argument
+    g("sets", nargs="*", metavar="NAME=PATH", help="a set's name and its text; none: the sample")
+    g("--tokenizer", default="bytes", help="bytes, gpt2, cl100k_base, another tiktoken encoding, or"
+      " FILE.tiktoken (default: %(default)s)")
+    g("--text_key", help="key of a document's text in records (default: text)")
+    g("--prompt_key", help="key of an example's prompt (default: a known one)")
+    g("--response_key", help="key of its response")
+    g("--data_dir", default="data", help="folder of the prepared sets (default: %(default)s)")
+    g("--val_fraction", type=float, default=0.05,
+      help="share of documents in val (default: %(default)s)")
+    g("--test_fraction", type=float, default=0.05,
+      help="share of documents in test (default: %(default)s)")
+    g("--seed", type=int, default=1337, help="of the split and of `noise` (default: %(default)s)")
+    g("--overwrite", action="store_true", help="replace prepared sets of the same name")
+    args = parser.parse_args(argv)
+
+    smallest = min(args.val_fraction, args.test_fraction)
+    if not (smallest > 0 and args.val_fraction + args.test_fraction < 1):
+        fail(f"--val_fraction {args.val_fraction} and --test_fraction {args.test_fraction} must be "
+             "above 0 and leave something to train on")
     if bool(args.prompt_key) != bool(args.response_key) or (args.text_key and args.prompt_key):
         fail("--prompt_key and --response_key go together, and not with --text_key")
-    own = {}
+    return args
+
+
+def own_paths(args):
+    """{name: path} from the command line's NAME=PATH."""
+    paths = {}
     for pair in args.sets:
         name, _, path = pair.partition("=")
         if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name) or not path:
             fail(f"{pair!r} is not NAME=PATH (a name of letters, digits, '_', '.', '-')")
-        if name in own:
+        if name in paths:
             fail(f"the name {name} is given twice")
-        if os.path.lexists(Path(args.data_dir, name)) and not args.overwrite:
-            fail(f"{Path(args.data_dir, name)} exists; choose another name or add --overwrite")
-        own[name] = path
-    try:
-        files = {name: find_files(name, path) for name, path in own.items()}
-    except OSError as error:
-        fail(f"cannot read {error.filename}: {error.strerror}; mend that, or leave it out with a glob")
-    missing = [] if own else [name for name in SAMPLE if not sample_is_there(name, args)]
-    tokenizer = get_tokenizer(args.tokenizer)
+        folder = Path(args.data_dir, name)
+        if os.path.lexists(folder) and not args.overwrite:
+            fail(f"{folder} exists; choose another name or add --overwrite")
+        paths[name] = path
+    return paths
 
-    started = time.time()
-    say(f"tokens written to {args.data_dir}/ with the {tokenizer.name} tokenizer ({tokenizer.n_vocab:,} ids)")
-    for name, path in own.items():
+
+def announce(args, tokenizer):
+    say(f"tokens written to {args.data_dir}/ with the {tokenizer.name} tokenizer "
+        f"({tokenizer.n_vocab:,} ids)")
+
+
+def write_own_sets(args):
+    paths = own_paths(args)
+    files = {name: find_files(name, path) for name, path in paths.items()}
+    tokenizer = get_tokenizer(args.tokenizer)
+    announce(args, tokenizer)
+    fractions = (args.val_fraction, args.test_fraction)
+    for name, path in paths.items():
         write_set(name, own_units(name, files[name], args), tokenizer, args, fractions, path)
-    for name, (schema, documents) in sample_sets(args.seed).items() if missing else ():
-        if name in missing:  # nothing trains on a target: all but a tenth of it is there to measure with
-            write_set(name, (unit for parts in documents for unit in units_of(schema, parts)), tokenizer, args,
-                      (0.45, 0.45) if name in SAMPLE_TARGETS else fractions, "the sample")
+
+
+def sample_is_there(name, args):
+    """Was this set of the sample prepared before? Anything else of its name ends the program."""
+    folder = Path(args.data_dir, name)
+    meta = {}
+    with contextlib.suppress(OSError, ValueError):
+        meta = json.loads((folder / "meta.json").read_text())
+    if meta.get("origin", "the sample") != "the sample":
+        fail(f"{folder} was made from {meta['origin']}, and the sample has a set '{name}' too; use "
+             "another --data_dir")
+    if args.overwrite or not folder.exists():
+        return False
+    if meta.get("settings") != settings(args):
+        fail(f"{folder} exists, prepared with other settings; to replace it, run prepare_data.py "
+             "with --overwrite")
+    say(f"  {name:11s} is there already, kept")
+    return True
+
+
+def write_sample(args):
+    missing = [name for name in SAMPLE if not sample_is_there(name, args)]
+    tokenizer = get_tokenizer(args.tokenizer)
+    announce(args, tokenizer)
+    if not missing:
+        return
+    for name, (schema, documents) in sample_sets(args.seed).items():
+        if name not in missing:
+            continue
+        fractions = (args.val_fraction, args.test_fraction)
+        if name in SAMPLE_TARGETS:
+            # Nothing trains on a target: all but a tenth of it is there to measure with.
+            fractions = (0.45, 0.45)
+        units = sample_units(schema, documents)
+        write_set(name, units, tokenizer, args, fractions, "the sample")
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    started = time.time()
+    try:
+        if args.sets:
+            write_own_sets(args)
+        else:
+            write_sample(args)
+    except OSError as error:  # of a file that is read; write_set() reports its own
+        fail(f"cannot read {error.filename}: {error.strerror}")
+    except (ValueError, OverflowError) as error:  # a --seed below 0, or beyond any number
+        fail(error)
     say(f"done in {time.time() - started:.0f} s")
+
+
+def prepare_sample(data_dir):
+    """For fastmix.py: prepares the sample if the set that it searches toward is not there yet."""
+    if not Path(data_dir, SAMPLE_TARGETS[0], "meta.json").is_file():
+        say(f"no sample in {data_dir}/ yet; preparing it from text on this machine")
+        main(["--data_dir", str(data_dir)])
 
 
 if __name__ == "__main__":
