@@ -147,7 +147,7 @@ def log_rows(out):
     return [json.loads(line) for line in Path(out, "log.jsonl").read_text().splitlines()]
 
 
-def read_result(out):
+def result_json(out):
     return json.loads(Path(out, "mixture.json").read_text())
 
 
@@ -157,7 +157,7 @@ def results(out):
     checkpoint}). These must not depend on how often a run was looked at or interrupted.
     """
     rows = log_rows(out)
-    mixture = read_result(out)
+    mixture = result_json(out)
     ckpt = torch.load(Path(out, "ckpt.pt"), weights_only=True)
     mixture.pop("settings")
     for record in (mixture, ckpt["state"], *rows):
