@@ -1,6 +1,5 @@
 """Flags of fastmix.py: lists of names, mixtures, bounds, numbers; what a wrong one is answered."""
 import json
-import math
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 
@@ -253,7 +252,7 @@ def test_resume_keeps_the_plan(synthetic):
     run("fastmix.py", *flags, "--resume", cwd=synthetic)
     for flag, stored, other in (("--bounds", "a=0.2:", "a=0.1:"), ("--max_epochs", "2.0", "3.0"),
                                 ("--train_tokens", "50000.0", "60000.0")):
-        line = refused("fastmix.py", "--resume", flag, other, "--out_dir", "plan", cwd=synthetic)
+        line = refused("fastmix.py", *flags, "--resume", flag, other, cwd=synthetic)
         assert f"was made with {flag} {stored}, not {other}" in line
 
 
@@ -468,10 +467,3 @@ def test_parts_of_a_run_are_no_free_folder(folder):
 def test_an_empty_out_dir_does_not_litter(folder):
     """--out_dir "" is refused: the working folder is hardly meant."""
     assert "--out_dir" in refused("fastmix.py", *SHORT, *AB, "--out_dir", "", cwd=folder)
-
-
-def test_math_is_not_needed_for_names():
-    """by_name() writes None for NaN, which JSON does not know."""
-    found = fastmix.by_name(["a", "b", "c"], torch.tensor([0.5, math.nan, 0.0]))
-    assert found == {"a": 0.5, "b": None, "c": 0.0}
-    assert type(found["a"]) is float
