@@ -162,7 +162,7 @@ def counted(tmp_path_factory):
     example_set(folder / "data" / "tasks", 3, 2)
     example_set(folder / "data" / "like_tasks", 3, 2, n=400)
     run("fastmix.py", *TINY, "--sources", "a,b,tasks", "--target", "like_b=3,like_tasks=1",
-        "--max_steps", 50, "--log_every", 1, "--train_tokens", 20_000, "--max_epochs", 2.6,
+        "--max_steps", 50, "--log_every", 1, "--train_tokens", 20_000, "--max_epochs", 2.3,
         "--bounds", "a=0.25:", "--learning_rate_mixture", 0.1, cwd=folder)
     return folder
 
@@ -183,11 +183,11 @@ def test_the_results_numbers_by_another_way(counted):
         available = data[name].available("train")
         assert source["tokens_available"] == available
         assert source["tokens_seen"] % 16 == 0
-        assert source["epochs_seen"] == pytest.approx(source["tokens_seen"] / available)
+        assert source["epochs_seen"] == source["tokens_seen"] / available
         assert source["epochs"] == pytest.approx(found[name] * 20_000 / available)
         assert source["start"] == rows[0]["alpha"][name]
         assert source["lower"] == {"a": 0.25, "b": 0, "tasks": 0}[name]
-        assert source["upper"] == pytest.approx(min(1, 2.6 * available / 20_000))
+        assert source["upper"] == pytest.approx(min(1, 2.3 * available / 20_000))
         at_cap = abs(found[name] / source["upper"] - 1) < 0.005
         at_floor = name == "a" and abs(found[name] / 0.25 - 1) < 0.005
         expected = ""
@@ -196,7 +196,7 @@ def test_the_results_numbers_by_another_way(counted):
         if at_cap:
             expected = "cap"
         assert source["bound"] == expected
-    assert sources["b"]["epochs"] < 2.6 + 1e-6
+    assert sources["b"]["epochs"] < 2.3 + 1e-6
     assert sources["a"]["bound"] == "floor"  # so that the test means something
     assert sources["b"]["bound"] == "cap"
 
@@ -348,7 +348,7 @@ def test_mixtures_are_what_they_say(tmp_path):
     (tmp_path / "m.json").write_text('{"mixture": {"b": 0.125, "a": 0.875}}')
     for text, share in (("uniform", 0.5), ("proportional", 0.25), ("a=0.8,b=0.2", 0.8),
                         ("m.json", 0.875), ("a=3,b=1", 0.75), ("b", 0.0)):
-        out = text.replace(",", "-").replace("=", "")
+        out = f"out-{text}"
         run("fastmix.py", *TINY, "--sources", "a,b", "--mixture", text, "--max_steps", 10,
             "--out_dir", out, cwd=tmp_path)
         expected = pytest.approx({"a": share, "b": 1 - share}, abs=1e-12)
@@ -387,7 +387,8 @@ def test_a_fixed_mixture_is_resumed_too(synthetic, stdout):
     assert sources["a"]["tokens_seen"] == 3 * sources["b"]["tokens_seen"]
     assert sources["noise"]["tokens_seen"] == 0
     for row in log_rows(out):
-        assert row["alpha"] == {"a": 0.75, "b": 0.25, "noise": 0.0}
+        assert row["alpha"] == pytest.approx({"a": 0.75, "b": 0.25, "noise": 0.0}, abs=1e-15)
+        assert row["alpha"]["noise"] == 0
         assert row["source_loss"]["noise"] is None
 
 
@@ -413,7 +414,7 @@ def test_ctrl_c_says_how_to_resume(synthetic, reference):
     out = synthetic / "interrupted"
     flags = [*BASE, "--out_dir", out.name]
     process = start("fastmix.py", *flags, cwd=synthetic)
-    wait_for_step(process, out, 5)
+    wait_for_step(process, out, 10)  # so that the checkpoint of step 5 has been written
     process.send_signal(signal.SIGINT)
     text, err = process.communicate(timeout=60)
     assert process.returncode == 130, (text, err)
@@ -436,7 +437,7 @@ def test_tee_dies_at_ctrl_c(synthetic):
     process.stdout.close()
     process.send_signal(signal.SIGINT)
     end_quietly(process, 130)
-    assert torch.load(out / "ckpt.pt", weights_only=True)["state"]["step"] >= 20
+    assert torch.load(out / "ckpt.pt", weights_only=True)["state"]["step"] >= 15
 
 
 def test_resuming_a_finished_run_repeats_its_result(synthetic, reference):
@@ -555,7 +556,9 @@ def test_init_from(synthetic, reference):
     for name, tensor in expected.items():
         assert torch.equal(found[name], tensor), name
     result = result_json(synthetic / "still")
-    assert result["before"]["target"] == log_rows(reference)[-1]["target_val_loss"]
+    last = log_rows(reference)[-1]["target_val_loss"]  # by another batch size, so summed otherwise
+    assert result["before"]["target"] == pytest.approx(last, rel=1e-6)
+    assert result["before"]["target"] == result["targets"]["target"]["val_loss"]
     assert result["mixture"] == {"a": 0.5, "b": 0.5}
     assert result["settings"]["n_layer"] == 1
     assert result["settings"]["block_size"] == 16
@@ -627,7 +630,7 @@ def test_a_second_start_beside_a_running_one(synthetic):
 
 def test_a_run_that_diverges_keeps_its_checkpoint(synthetic):
     """At the first report, or at once: the last good checkpoint is that of the start."""
-    hot = ["--learning_rate", 1e30, "--grad_clip", 0]
+    hot = ["--learning_rate", 9e18, "--grad_clip", 0]
     for out, log_every in (("hot", 5), ("hotter", 1)):
         line = refused("fastmix.py", *BASE, *hot, "--log_every", log_every, "--out_dir", out,
                        cwd=synthetic)
@@ -671,10 +674,7 @@ def test_a_disk_that_is_full_for_the_log(synthetic, reference):
     """The same for a row of the log, which is not written as a whole or not at all."""
     out = synthetic / "full-log"
     rows = (reference / "log.jsonl").read_text().splitlines(keepends=True)
-    for name in ("log.jsonl", "ckpt.pt"):
-        shutil.copytree(reference, out, dirs_exist_ok=True)
-    (out / "mixture.json").unlink()
-    before = (out / "ckpt.pt").read_bytes()
+    shutil.copytree(reference, out)
     ckpt = torch.load(out / "ckpt.pt", weights_only=True)
     ckpt["args"]["max_steps"] = 80
     torch.save(ckpt, out / "ckpt.pt")
@@ -727,16 +727,16 @@ def test_no_one_reads_the_output(synthetic, how):
 
 NOTEBOOK = """
 import io, sys
-for name in {missing}:
-    sys.modules[name] = None  # import then raises ImportError
+sys.modules["tiktoken"] = None  # to import it then raises ImportError
 sys.path.insert(0, {root!r})
 import fastmix
-assert not {{"tiktoken", "matplotlib.figure"}} & sys.modules.keys()
+assert not sys.modules.get("matplotlib")
 screen = sys.stdout
 sys.stdout = notebook = io.StringIO()
-fastmix.main([*sys.argv[1:], "--out_dir", "notebook{number}"])
+fastmix.main([*sys.argv[1:], "--out_dir", "notebook"])
+sys.modules["matplotlib"] = None
 sys.stdout = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
-fastmix.main([*sys.argv[1:], "--out_dir", "ascii{number}"])
+fastmix.main([*sys.argv[1:], "--out_dir", "ascii"])
 sys.stdout.flush()
 ascii_text = sys.stdout.buffer.getvalue().decode("ascii")
 sys.stdout = screen
@@ -744,28 +744,23 @@ print(notebook.getvalue() + ascii_text)
 """
 
 
-@pytest.mark.parametrize("missing", [["tiktoken"], ["tiktoken", "matplotlib"]])
-def test_in_a_notebook_and_without_what_training_does_not_need(synthetic, reference, tmp_path,
-                                                               missing):
+def test_in_a_notebook_and_without_what_training_does_not_need(synthetic, reference, tmp_path):
     """
-    main() can be called from Python, more than once; stdout may be no file, or lack the bars'
-    glyphs; the tokenizer is not needed, nor matplotlib but for the picture.
+    main() can be called from Python, and twice; stdout may be no file, or lack the bars' glyphs;
+    the tokenizer is not needed, nor matplotlib but for the picture.
     """
-    number = len(missing)
     path = tmp_path / "script.py"
-    path.write_text(NOTEBOOK.format(missing=missing, root=str(ROOT), number=number))
+    path.write_text(NOTEBOOK.format(root=str(ROOT)))
     ended = subprocess.run([sys.executable, path, *map(str, BASE)], cwd=synthetic,
                            capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
     assert ended.stderr == ""
     assert ended.stdout.count("target target: test loss") == 2
-    for out in (synthetic / f"notebook{number}", synthetic / f"ascii{number}"):
-        assert_same(out, reference)
-        assert (out / "mixture.png").exists() is ("matplotlib" not in missing)
-        line = f"drew {out.name}/mixture.png"
-        if "matplotlib" in missing:
-            line = "no picture: matplotlib is not installed here"
-        assert line in ended.stdout
+    assert "drew notebook/mixture.png" in ended.stdout
+    assert (synthetic / "notebook" / "mixture.png").exists()
+    assert ended.stdout.rstrip().endswith("no picture: matplotlib is not installed here")
+    for out in ("notebook", "ascii"):
+        assert_same(synthetic / out, reference)
 
 
 def test_paths_that_the_terminal_cannot_encode(synthetic, tmp_path):
@@ -806,7 +801,6 @@ def test_one_command_prepares_searches_and_draws(tmp_path):
     stdout = run("fastmix.py", *short, "--out_dir", "again", cwd=tmp_path)
     assert "preparing" not in stdout
     assert_same(tmp_path / "again", tmp_path / "out")
-    run("fastmix.py", *short, "--resume", cwd=tmp_path)
     run("fastmix.py", *short, "--mixture", "out/mixture.json", "--out_dir", "out-found",
         cwd=tmp_path)
     assert result_json(tmp_path / "out-found")["mixture"] == pytest.approx(result["mixture"])
