@@ -113,6 +113,8 @@ def parse_args(argv=None, defaults={}):
             least = 0 if type(value) is float or name in MAY_BE_ZERO else 1
             if not least <= value < 2**63:
                 fail(f"--{name} {value} is out of range; it must be {least} or more")
+    if not args.out_dir:
+        fail("--out_dir '' is not the name of a folder")
     if args.uniform_share > 1:
         fail(f"--uniform_share {args.uniform_share} is out of range; it must be from 0 to 1")
     if args.max_epochs and not args.train_tokens:
@@ -584,7 +586,7 @@ def open_log(path, rows):
     path.parent.mkdir(parents=True, exist_ok=True)
     if rows == 0:
         return open(path, "x")  # refuses the second of two runs that start at once
-    lines = path.read_text().splitlines(keepends=True)
+    lines = path.read_text(errors="replace").splitlines(keepends=True)
     if len(lines) < rows:
         fail(f"{path} has {len(lines)} rows, but the run in ckpt.pt wrote {rows}; put it right, or "
              "start a new run in another --out_dir")
@@ -632,8 +634,13 @@ def open_sets(args, ckpt, visible):
     which sum to 1), lists of TokenSets and of floats. A checkpoint must be of the same vocabulary
     and, on --resume, of the same data.
     """
+    pairs = parse_pairs("--sources", args.sources)
+    if any(pairs.values()):
+        fail(f"--sources '{args.sources}' must be names alone; for shares there is --mixture")
+    names = list(pairs)
     weights = parse_weights("--target", args.target)
-    names = list(parse_weights("--sources", args.sources))
+    if 0 in weights.values():
+        fail(f"--target '{args.target}': leave out a target that weighs nothing")
     sets = load_sets(args.data_dir, names, list(weights), args.block_size, visible)
     if ckpt:
         first = sets[names[0]]
@@ -675,7 +682,7 @@ def main(argv=None):
     available = torch.tensor([s.available("train") for s in sources])  # (K,) tokens
     # the shares of the tokens that are learned: 1 without masks
     density = torch.tensor([s.density("train") for s in sources], dtype=torch.float64)  # (K,)
-    target_density = torch.tensor([t.density("val") for t in targets])
+    target_density = torch.tensor([t.density("val") for t in targets], dtype=torch.float32)
     lower, upper = search_bounds(args, names, available)
     if searching and n_sequences < 2:
         fail("a search compares the sources in a step: --batch_size times --grad_accum must be at "
@@ -730,7 +737,7 @@ def main(argv=None):
     learned_sum = torch.zeros(K, device=device)  # and how many they are
     alignment_sum = torch.zeros(K, dtype=torch.float64)
     alignment_count = torch.zeros(K, dtype=torch.float64)  # outer steps with the source present
-    clock = time.time()
+    clock = time.perf_counter()
 
     while True:
         step = state.step
@@ -753,7 +760,7 @@ def main(argv=None):
             if step == 0:
                 state.start.copy_(alpha)
                 state.before = target_losses
-            seconds = time.time() - clock
+            seconds = time.perf_counter() - clock
             clock += seconds
             state.seconds += seconds
             state.rows += 1
@@ -909,8 +916,8 @@ def main(argv=None):
     say(f"\n{result_table(result)}\nwrote {out}/mixture.json, log.jsonl and ckpt.pt")
     try:
         say(f"drew {draw_run(out)}")
-    except ImportError:
-        say("no picture: matplotlib is not installed here")
+    except (ImportError, ValueError) as error:  # no matplotlib; a log.jsonl that is damaged
+        say(f"drew no picture: {error}")
 
 
 if __name__ == "__main__":

@@ -335,32 +335,38 @@ def read_pair(record, prompt_key, response_key):
     return chat_parts(prompt, learn=False) + answer
 
 
-def schema_and_parts(record, args):
-    """read_record() before its last steps."""
+def key_error(record, wanted):
+    known = ["text", *CHATS, *("/".join(pair) for pair in PAIRS)]
+    return ValueError(f"no {wanted} in it, but {', '.join(list(record)[:8])}; known are "
+                      f"{', '.join(known)}; name others with --text_key, or with --prompt_key and "
+                      "--response_key")
+
+
+def read_by_given_keys(record, args):
+    """read_record() with --text_key, or with --prompt_key and --response_key."""
+    keys = [args.text_key] if args.text_key else [args.prompt_key, args.response_key]
+    for key in keys:
+        if key not in record:
+            raise key_error(record, key)
     if args.text_key:
-        if args.text_key in record:
-            return "text", [(text_of(record[args.text_key]), True)]
-    elif args.prompt_key:
-        if args.prompt_key in record and args.response_key in record:
-            schema = f"{args.prompt_key}/{args.response_key}"
-            return schema, read_pair(record, args.prompt_key, args.response_key)
-    else:
-        for key in CHATS:
-            if key in record:
-                return key, chat_parts(record[key])
-        for prompt_key, response_key in PAIRS:
-            if prompt_key in record and response_key in record:
-                return f"{prompt_key}/{response_key}", read_pair(record, prompt_key, response_key)
-        if "text" in record:
-            return "text", [(text_of(record["text"]), True)]
-        if "chosen" in record:
-            raise ValueError("chosen and rejected answers are preferences, which are not trained "
-                             "on; to learn the chosen ones, add --prompt_key prompt "
-                             "--response_key chosen")
-    wanted = args.text_key or args.prompt_key or "known key"
-    known = ", ".join(["text", *CHATS, *("/".join(pair) for pair in PAIRS)])
-    raise ValueError(f"no {wanted} in it, but {', '.join(list(record)[:8])}; known are {known}; "
-                     "name others with --text_key, or with --prompt_key and --response_key")
+        return "text", [(text_of(record[args.text_key]), True)]
+    return "/".join(keys), read_pair(record, *keys)
+
+
+def read_by_known_keys(record):
+    """read_record() without such flags."""
+    for key in CHATS:
+        if key in record:
+            return key, chat_parts(record[key])
+    for prompt_key, response_key in PAIRS:
+        if prompt_key in record and response_key in record:
+            return f"{prompt_key}/{response_key}", read_pair(record, prompt_key, response_key)
+    if "text" in record:
+        return "text", [(text_of(record["text"]), True)]
+    if "chosen" in record:
+        raise ValueError("chosen and rejected answers are preferences, which are not trained on; "
+                         "to learn the chosen ones, add --prompt_key prompt --response_key chosen")
+    raise key_error(record, "known key")
 
 
 def read_record(record, args):
@@ -382,7 +388,10 @@ def read_record(record, args):
     """
     if not isinstance(record, dict):
         raise ValueError(f"a JSON object is needed, not a {type(record).__name__}")
-    schema, parts = schema_and_parts(record, args)
+    if args.text_key or args.prompt_key:
+        schema, parts = read_by_given_keys(record, args)
+    else:
+        schema, parts = read_by_known_keys(record)
     if parts and schema != "text":
         # <|endoftext|> ends an example; a line end before it is one token too many
         text, learned = parts[-1]
@@ -758,9 +767,12 @@ class SplitWriter:
         return self.counts
 
     def close(self):
-        self.tokens.file.close()
-        if self.mask:
-            self.mask.file.close()
+        """Closes the files. After finish() nothing is left to write; after an error, on a full disk
+        say, what is left may fail again, and is not wanted any more."""
+        for file in (self.tokens, self.mask):
+            if file:
+                with contextlib.suppress(OSError):
+                    file.file.close()
 
 
 def place(parts, seed):
@@ -1024,7 +1036,7 @@ def pack(starts, ends, mask, room):
     """
     has_response = np.maximum.reduceat(mask, starts) > 0  # (E,): any 1 up to the next start
     for i in np.flatnonzero(ends - starts > room):
-        has_response[i] = mask[starts[i]:starts[i] + room].any()
+        has_response[i] = np.count_nonzero(mask[starts[i]:starts[i] + room]) > 0
     n_left_out = np.count_nonzero(~has_response)
 
     # Each row depends on the one before, so that this is a plain loop; lists make it a quick one.
@@ -1391,7 +1403,7 @@ def main(argv=None):
         else:
             write_sample(args)
     except OSError as error:  # of a file that is read; write_set() reports its own
-        fail(f"cannot read {error.filename}: {error.strerror}")
+        fail(f"cannot read {error.filename or 'a file'}: {error.strerror}")
     except (ValueError, OverflowError) as error:  # a --seed below 0, or beyond any number
         fail(error)
     say(f"done in {time.time() - started:.0f} s")

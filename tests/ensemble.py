@@ -1,98 +1,108 @@
 """
-Many runs of fastmix.py at fixed mixtures, trained at once: their weights lie in tensors with one more dimension, and
-every step is one step of all of them. A GPU that is idle most of the time with one small proxy trains hundreds.
+Many runs of fastmix.py at fixed mixtures, trained at once. Their weights lie in tensors with one
+more dimension, and every step is one step of all of them: a GPU that one small proxy leaves idle
+most of the time trains hundreds.
 
-Each run has the initialisation, the batches, the optimizer and the evaluation that `python fastmix.py --seed SEED
---mixture MIXTURE` gives it, and the same loss up to rounding: tests/test_bench.py compares them step by step.
+Each run has the initialisation, the batches, the optimizer and the evaluation that `python
+fastmix.py --seed SEED --mixture MIXTURE` gives it, and the same loss up to rounding:
+tests/test_bench.py compares them. Only the step itself is written anew here, because the loop of
+fastmix.py trains one model.
 """
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fastmix import draw
-from model import GPT, GPTConfig, learning_rate_at
-from prepare_data import TokenSet
+from fastmix import draw, evaluate, learning_rate_at
+from model import GPT, GPTConfig
+from prepare_data import gather, load_sets
+
+EVAL_BATCH = 256  # sequences; how they are grouped changes nothing but rounding
 
 
-def draws(runs, mixtures, args, step):
-    """
-    What fastmix.draw_batch() draws for each of M runs: the sources (M, B), ascending, and the fractions (M, B) of them
-    where windows begin. runs are (seed, ...), mixtures (M, K). A seed's generator serves all of its runs.
-    """
-    drawn, n = {}, args.batch_size
-    for seed in {seed for seed, *_ in runs}:
-        rng = np.random.default_rng((seed, step, 0))
-        drawn[seed] = rng.random(), rng.permutation(mixtures.shape[1]), rng.random(n)
-    source = [draw(q, n, *drawn[seed][:2]) for q, (seed, *_) in zip(mixtures, runs)]
-    return np.stack(source), np.stack([drawn[seed][2] for seed, *_ in runs])
-
-
-def train_many(args, runs, device, test_tokens):
-    """
-    runs: (seed, schedule) for each of M runs, a schedule (P, 1 + K) as read_mixture() returns it. args has fastmix.py's
-    settings; sets are text, without masks. Returns the mean over the targets of the test losses, (M,), in nats a token,
-    on at most test_tokens of each.
-    """
-    T, B = args.block_size, args.batch_size
-    sources, targets = ([TokenSet(args.data_dir, name, T) for name in names.split(",")]
-                        for names in (args.sources, args.target))
-    at = np.arange(args.max_steps) / args.max_steps
-    mixtures = np.stack([[np.interp(at, s[:, 0], column) for column in s[:, 1:].T] for _, s in runs])  # (M, K, steps)
-    sizes = np.array([len(s.tokens("train")) for s in sources])
-    first = np.cumsum(sizes) - sizes  # where each source begins among the tokens
-    tokens = torch.from_numpy(np.concatenate([s.tokens("train") for s in sources]).astype(np.int32)).to(device)
-
-    config = GPTConfig(sources[0].vocab_size, T, args.n_layer, args.n_head, args.n_embd)
+def initial_weights(config, seeds, device):
+    """{name: (M, ...)} of M models, each as fastmix.py initialises it by its seed."""
     models = {}
-    for seed, _ in runs:
-        if seed not in models:
-            torch.manual_seed(seed)
-            models[seed] = dict(GPT(config).named_parameters())
-    with torch.device(device):
-        net = GPT(config)
-    params = {name: torch.stack([models[seed][name].detach() for seed, _ in runs]).to(device).requires_grad_()
-              for name in models[runs[0][0]]}  # each (M, ...)
-    optimizer = torch.optim.AdamW(
-        [{"params": [p for p in params.values() if p.dim() == 3], "weight_decay": args.weight_decay},
-         {"params": [p for p in params.values() if p.dim() == 2], "weight_decay": 0.0}],
-        lr=args.learning_rate, betas=(0.9, 0.95), fused=True)
+    for seed in set(seeds):
+        torch.manual_seed(seed)
+        models[seed] = dict(GPT(config).named_parameters())
+    weights = {}
+    for name in models[seeds[0]]:
+        stacked = torch.stack([models[seed][name].detach() for seed in seeds])
+        weights[name] = stacked.to(device).requires_grad_()
+    return weights
 
-    def hidden(params, x):
+
+def draw_batches(sources, mixtures, seeds, step, batch_size):
+    """
+    The batches of M runs: inputs and targets, each (M, B, T). For each run this draws what
+    fastmix.draw_batch() does, but the windows of all runs are read at once.
+    """
+    drawn = []
+    fractions = []
+    for q, seed in zip(mixtures, seeds):
+        rng = np.random.default_rng((seed, step, 0))  # as in fastmix.py's inner step
+        drawn.append(draw(q, batch_size, rng.random(), rng.permutation(len(q))))
+        fractions.append(rng.random(batch_size))
+    x, y = gather(sources, "train", np.concatenate(drawn), np.concatenate(fractions))
+    shape = (len(seeds), batch_size, -1)
+    return torch.from_numpy(x).view(shape), torch.from_numpy(y).view(shape)
+
+
+def clip_gradients(weights, largest):
+    """Clips the norm of each run's gradient, as clip_grad_norm_() does for one."""
+    squares = [w.grad.flatten(1).square().sum(1) for w in weights.values()]
+    norm = sum(squares).sqrt()  # (M,)
+    scale = (largest / (norm + 1e-6)).clamp(max=1)
+    for w in weights.values():
+        w.grad *= scale.view(-1, *[1] * (w.dim() - 1))
+
+
+def train_many(args, seeds, mixtures, device, test_tokens):
+    """
+    Trains M runs at once. seeds: M numbers; mixtures (M, K); args: fastmix.py's settings, which
+    must be the defaults for grad_accum, dtype and compile. Sets must be text, without masks.
+    Returns the mean over the targets of the test losses (M,), in nats per token, each on at most
+    test_tokens of its target.
+    """
+    names = args.sources.split(",")
+    target_names = args.target.split(",")
+    sets = load_sets(args.data_dir, names, target_names, args.block_size)
+    sources = [sets[name] for name in names]
+    config = GPTConfig(sources[0].vocab_size, args.block_size, args.n_layer, args.n_head,
+                       args.n_embd)
+    weights = initial_weights(config, seeds, device)
+    net = GPT(config).to(device)  # its own weights are placeholders
+
+    # one run's matrices have 2 dimensions, its LayerNorm gains 1; here a first one is added
+    matrices = [w for w in weights.values() if w.dim() == 3]
+    gains = [w for w in weights.values() if w.dim() == 2]
+    groups = [{"params": matrices, "weight_decay": args.weight_decay},
+              {"params": gains, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=args.learning_rate, betas=(0.9, 0.95), fused=True)
+
+    def hidden_states(weights, x):
         with sdpa_kernel(SDPBackend.MATH):  # the one that vmap knows
-            return torch.func.functional_call(net, params, (x,))
-
-    def logits(x, in_dim):
-        h = torch.vmap(hidden, in_dims=(0, in_dim))(params, x).flatten(1, 2)  # (M, B T, C)
-        return torch.bmm(h, params["lm_head.weight"].transpose(1, 2))  # (M, B T, V)
+            return torch.func.functional_call(net, weights, (x,))
 
     for step in range(args.max_steps):
-        source, u = draws(runs, mixtures[:, :, step], args, step)  # (M, B)
-        start = first[source]  # (M, B)
-        for k, s in enumerate(sources):
-            start[source == k] += s.at_fraction("train", u[source == k])
-        windows = torch.from_numpy(start).to(device)[..., None] + torch.arange(T + 1, device=device)
-        windows = tokens[windows].long()  # (M, B, T + 1)
+        x, y = draw_batches(sources, mixtures, seeds, step, args.batch_size)
+        h = torch.vmap(hidden_states)(weights, x.to(device)).flatten(1, 2)  # (M, B T, C)
+        logits = torch.bmm(h, weights["lm_head.weight"].transpose(1, 2))  # (M, B T, V)
+        total = F.cross_entropy(logits.flatten(0, 1), y.to(device).flatten(), reduction="sum")
+        loss = total / (args.batch_size * args.block_size)  # the sum of the runs' mean losses
+        loss.backward()
+        if args.grad_clip:
+            clip_gradients(weights, args.grad_clip)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate_at(step, args)
-        x, y = windows[..., :-1], windows[..., 1:]
-        loss = F.cross_entropy(logits(x, 0).flatten(0, 1), y.flatten(), reduction="sum") / (B * T)
-        loss.backward()  # each run's gradients are those of its own mean
-        if args.grad_clip:
-            norm = sum(p.grad.flatten(1).square().sum(1) for p in params.values()).sqrt()  # (M,)
-            scale = (args.grad_clip / (norm + 1e-6)).clamp(max=1)
-            for p in params.values():
-                p.grad *= scale.view(-1, *[1] * (p.dim() - 1))
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    result = torch.zeros(len(runs), dtype=torch.float64, device=device)
-    with torch.no_grad():
-        for target in targets:
-            start, total = target.spread("test", test_tokens), 0.0
-            for i in range(0, len(start), B):
-                x, y = (torch.from_numpy(t).to(device) for t in target.windows("test", start[i: i + B]))
-                loss = F.cross_entropy(logits(x, None).flatten(0, 1), y.flatten().repeat(len(runs)), reduction="none")
-                total = total + loss.view(len(runs), -1).double().sum(1)
-            result += total / (len(start) * T) / len(targets)
-    return result.cpu().numpy()
+    targets = [sets[name] for name in target_names]
+    test_losses = []
+    for i in range(len(seeds)):
+        net.load_state_dict({name: w[i] for name, w in weights.items()})
+        losses = evaluate(net, net.lm_head.weight, targets, "test", test_tokens, EVAL_BATCH)
+        test_losses.append(np.mean(list(losses.values())))
+    return np.array(test_losses)

@@ -1,0 +1,273 @@
+"""
+What tests/bench_mixtures.py compares: the tasks and their data, and the methods.
+
+A search is fastmix.py with some flags (SEARCHES) and with some of its functions replaced
+(rules_of), in its own loop. RegMix is no search of this kind: it fits a function to the losses of
+runs at fixed mixtures.
+"""
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import fastmix
+import prepare_data
+from model import GPT, GPTConfig
+
+# ---- tasks and models ----------------------------------------------------------------------------
+
+TASKS = {  # name: (title, sources, target)
+    "numpy": ("toward numpy", "python,cpp,prose,math,legal,noise", "numpy"),
+    "own": ("own val splits", "python,cpp,prose,math,legal", "python,cpp,prose,math,legal"),
+    # prose_2 is prose with 2% of its train split
+    "scarce": ("scarce target", "python,cpp,math,legal,prose_2", "prose_2"),
+    # three of seven sources are a near-duplicate, words without their order, and no text at all
+    "half": ("half useless", "python,cpp,prose,legal,python_b,noise_4,bytes", "math"),
+    "bpe": ("toward numpy, BPE", "python,cpp,prose,math,legal,noise", "numpy"),
+    "bpe_half": ("half useless, BPE", "python,cpp,prose,legal,python_b,noise_4,bytes", "math"),
+}
+BYTES = {"bpe": "numpy", "bpe_half": "half"}  # the same task with a byte-level vocabulary
+
+SIZES = {  # name: (layers, heads, channels)
+    "base": (2, 2, 64),  # 0.13 million parameters
+    "large": (4, 4, 128),  # 0.9 million
+    "bpe": (2, 4, 128),  # 1.4 million, with 4,097 token ids
+    "bpe_large": (6, 8, 256),  # 6.8 million, with 4,097 token ids
+}
+LARGER = {"base": "large", "bpe": "bpe_large"}
+VOCAB_SIZES = {"base": 257, "large": 257, "bpe": 4097, "bpe_large": 4097}
+DEFAULTS = vars(fastmix.parse_args([]))
+
+
+def sources_of(task):
+    return TASKS[task][1].split(",")
+
+
+def has_bpe(task):
+    return task.startswith("bpe")
+
+
+def size_of(task):
+    """The size of the task's proxy."""
+    return "bpe" if has_bpe(task) else "base"
+
+
+def config_of(size):
+    n_layer, n_head, n_embd = SIZES[size]
+    return GPTConfig(VOCAB_SIZES[size], DEFAULTS["block_size"], n_layer, n_head, n_embd)
+
+
+# ---- data: the sample, and sets made from it -----------------------------------------------------
+
+def data_of(work, task):
+    return Path(work, "data-bpe" if has_bpe(task) else "data")
+
+
+def derive(data, name, source, splits):
+    """Writes a set that is like another one but for some splits' token ids, {split: ids}."""
+    folder = data / name
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(data / source, folder)
+    meta = json.loads((folder / "meta.json").read_text())
+    meta["name"] = name
+    for split, ids in splits.items():
+        ids.astype(meta["dtype"]).tofile(folder / f"{split}.bin")
+        counts = meta["splits"][split]
+        counts["tokens"] = len(ids)
+        counts["sha256"] = f"{name} of {counts['sha256']}"
+    (folder / "meta.json").write_text(json.dumps(meta))
+
+
+def read(data, name, split):
+    """Token ids of a split, (n,)."""
+    return np.fromfile(data / name / f"{split}.bin", dtype=np.uint16)
+
+
+def shuffled_words(texts, rng):
+    """The words of several texts, at most 500,000 bytes of each, in random order."""
+    words = []
+    for text in texts:
+        words += text[:500_000].split()
+    rng.shuffle(words)
+    return b" ".join(words)
+
+
+def prepare(data, tokenizer):
+    """The sample in the folder `data`, and the sets made from it."""
+    if (data / "noise_4" / "meta.json").exists():  # the last to be made
+        return
+    prepare_data.main(["--data_dir", str(data), "--tokenizer", str(tokenizer)])
+    encoding = prepare_data.get_tokenizer(str(tokenizer))
+    rng = np.random.default_rng(0)
+
+    prose = read(data, "prose", "train")
+    derive(data, "prose_2", "prose", {"train": prose[: len(prose) // 50]})
+    python = read(data, "python", "train")
+    derive(data, "python_b", "python", {"train": python[len(python) // 4:]})
+
+    random_ids = {}
+    for split in prepare_data.SPLITS:
+        n = len(read(data, "noise", split))
+        random_ids[split] = rng.integers(0, encoding.eot_token, n)
+    derive(data, "bytes", "noise", random_ids)
+
+    shuffled = {}
+    for split in prepare_data.SPLITS:
+        texts = []
+        for name in ("python", "cpp", "prose", "legal"):
+            text = encoding.decode_bytes(read(data, name, split)[:500_000].tolist())
+            texts.append(text.replace(b"<|endoftext|>", b" "))
+        text = shuffled_words(texts, rng).decode("utf-8", errors="ignore")
+        shuffled[split] = np.array(encoding.encode_ordinary(text))
+    derive(data, "noise_4", "noise", shuffled)
+
+
+# ---- searches: this one, this one without a part, and other methods' rules -----------------------
+
+SEARCHES = {  # name: flags
+    "FastMix": {},
+    "raw": {},
+    "adamw": {},
+    "no running mean": {},
+    "authors": {"outer_every": 20, "uniform_share": 1, "target_batch_size": 8,
+                "learning_rate_mixture": 0.01},
+    "DoGE": {},
+    "DoReMi": {"learning_rate_mixture": 0.1},
+}
+WITH_CURVATURE = ("FastMix", "no running mean")
+
+
+def raw_gradient(G, S, v):
+    """In place of inverse_curvature(): P = 1."""
+    return G
+
+
+def adamw_units(G, S, v):
+    """In place of inverse_curvature(): AdamW's own step, which looks one step ahead."""
+    root = v.sqrt()
+    return G / (root + 0.1 * root.mean())
+
+
+class DoGE:
+    """
+    In place of mixture_step(): alpha_k in proportion to alpha_k exp(step A_k), by DoGE (Fan et
+    al., arXiv 2310.15393). The step is in units of 1 / (running mean of max |A|), because
+    alignments have no natural unit.
+    """
+
+    def __init__(self):
+        self.largest = []
+
+    def __call__(self, z, A, present, density, rate):
+        A = torch.where(present, A, 0.0)
+        self.largest.append(A.abs().max().item())
+        z += rate * A / np.mean(self.largest[-100:])
+
+
+class Authors:
+    """
+    In place of mixture_step(): Adam on the gradient over z, as in hrtan/fastmix at b2a4051. The
+    other parts of their setting are uniform draws with loss weights and the raw gradient at the
+    head. Here the target's sequences are drawn afresh at each outer step.
+    """
+
+    def __init__(self):
+        self.optimizer = None
+
+    def __call__(self, z, A, present, density, rate):
+        if self.optimizer is None:
+            self.optimizer = torch.optim.Adam([z], lr=rate, betas=(0.9, 0.95), eps=1e-30)
+        alpha = torch.softmax(z, 0)
+        A = torch.where(present, A, 0.0)
+        z.grad = -alpha * (A - (alpha * A).sum())
+        self.optimizer.step()
+
+
+def doremi(reference):
+    """
+    DoReMi (Xie et al., arXiv 2305.10429): exponentiated gradient on each source's excess loss over
+    the loss of a reference model, clipped at 0 token by token. It knows no target. The excess
+    takes the place of the alignments: batch_loss() returns its sums by source as `parts`.
+    """
+    ckpt = torch.load(reference, weights_only=True)
+    net = GPT(GPTConfig(**ckpt["config"]))
+    net.load_state_dict(ckpt["model"])
+    original = fastmix.batch_loss
+
+    def batch_loss(model, head, x, y, sequence_weight, n_tokens, PG=None, ends=None):
+        loss, token_loss, parts = original(model, head, x, y, sequence_weight, n_tokens)
+        if ends is None:  # no outer step follows
+            return loss, token_loss, parts
+        net.to(x.device)
+        with torch.no_grad():
+            hidden = net(x).flatten(0, 1)
+            ones = torch.ones(y.numel(), device=y.device)
+            known = fastmix.fused_cross_entropy(hidden, net.lm_head.weight, y.flatten(), ones)[1]
+            excess = (token_loss - known.view_as(y)).clamp(min=0)  # (B, T)
+            excess *= sequence_weight[:, None] / n_tokens  # as gradients are weighted
+        by_source = excess.flatten().tensor_split(ends[:-1])
+        return loss, token_loss, torch.stack([part.sum() for part in by_source])
+
+    def mixture_step(z, A, present, density, rate):
+        z += rate * torch.where(present, A, 0.0)
+
+    return {"batch_loss": batch_loss, "mixture_step": mixture_step}
+
+
+def rules_of(search, reference=None):
+    """
+    {name in fastmix.py: what replaces it} of a search, a key of SEARCHES. reference: for DoReMi,
+    the checkpoint of its reference model.
+    """
+    one_step = {"inverse_curvature": raw_gradient, "DECAY": 0.0}
+    if search == "raw":
+        return {"inverse_curvature": raw_gradient}
+    if search == "adamw":
+        return {"inverse_curvature": adamw_units}
+    if search == "no running mean":
+        return {"DECAY": 0.0}
+    if search == "DoGE":
+        return {"mixture_step": DoGE(), **one_step}
+    if search == "authors":
+        return {"mixture_step": Authors(), **one_step}
+    if search == "DoReMi":
+        return doremi(reference)
+    return {}
+
+
+# ---- RegMix --------------------------------------------------------------------------------------
+
+def features(mixtures):
+    """(R, K) -> (R, K (K + 3) / 2): m_i and m_i m_j."""
+    columns = list(mixtures.T)
+    for i in range(mixtures.shape[1]):
+        for j in range(i, mixtures.shape[1]):
+            columns.append(mixtures[:, i] * mixtures[:, j])
+    return np.column_stack(columns)
+
+
+def regmix(mixtures, losses):
+    """
+    RegMix (Liu et al., arXiv 2407.01492) with ridge regression on quadratic features in place of
+    trees, its penalty chosen by leave-one-out error. Returns the average of the 100 mixtures with
+    the lowest predicted loss among 100,000 random ones. mixtures (R, K), losses (R,) -> (K,).
+    """
+    X = features(mixtures)
+    mean = X.mean(0)
+    X = X - mean
+    y = losses - losses.mean()
+    least_error = np.inf
+    for penalty in 10.0 ** np.arange(-6, 2):
+        solve = np.linalg.solve(X.T @ X + penalty * np.eye(X.shape[1]), X.T)  # y -> coefficients
+        hat = X @ solve
+        # what each run's prediction by the others would be off by; 1 / R is the mean's part
+        left_out = (y - hat @ y) / (1 - np.diag(hat) - 1 / len(y))
+        error = (left_out**2).mean()
+        if error < least_error:
+            least_error = error
+            coefficients = solve @ y
+    candidates = np.random.default_rng(1).dirichlet(np.ones(mixtures.shape[1]), 100_000)
+    predicted = (features(candidates) - mean) @ coefficients
+    return candidates[np.argsort(predicted)[:100]].mean(0)

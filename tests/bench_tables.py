@@ -1,0 +1,623 @@
+"""
+Stored runs -> tables in Markdown and a figure: the second half of tests/bench_mixtures.py.
+
+Results are {Key: Run}. A mixture is judged by its regret, which is how much higher a model's test
+loss is, in %, than at the best fixed mixture known. One run's loss has a noise of half a percent,
+so tables show two figures: what was measured, and what a response surface says that was fitted to
+all runs of the task at fixed mixtures.
+"""
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from bench_flops import outer_step_flops, training_flops
+from bench_methods import (DEFAULTS, LARGER, SEARCHES, TASKS, WITH_CURVATURE, config_of, has_bpe,
+                           size_of, sources_of)
+from prepare_data import save_atomically
+
+REGMIX = (8, 16, 32, 64)  # runs of the RegMix-style search
+ROWS = {  # of the table: {"search: mixture taken from it": title}
+    "uniform": "uniform",
+    "proportional": "proportional to tokens",
+    "best single source": "best single source",
+    "FastMix: last_half_average": "**FastMix, average of the last half**",
+    "FastMix: last": "FastMix, last mixture",
+    "FastMix: run_average": "FastMix, average of the run",
+    "FastMix: trajectory": "**FastMix, replayed trajectory**",  # from stored lines alone
+    "raw: last_half_average": "raw gradients (P = 1)",
+    "adamw: last_half_average": "AdamW's units (P = 1 / √v)",
+    "no running mean: last_half_average": "without the running mean",
+    "authors: last": "the authors' setting (head, every 20 steps, Adam on z), last",
+    "DoGE: run_average": "DoGE's rule",  # summed up as both papers do
+    "DoReMi: run_average": "DoReMi's rule",
+    "RegMix 8": "RegMix-style, 8 runs",
+    "RegMix 16": "RegMix-style, 16 runs",
+    "RegMix 32": "RegMix-style, 32 runs",
+    "RegMix 64": "RegMix-style, 64 runs",
+}
+TRANSFER = {  # rows of the table of a larger model
+    "proportional": "proportional to tokens",
+    "best fixed": "best fixed mixture of the small runs",
+    "FastMix: last_half_average": "FastMix, found by the small search",
+    "FastMix: trajectory": "FastMix, its trajectory replayed",  # from stored lines alone
+    "found on bytes": "FastMix, found by the small search on bytes",
+    "searched there": "FastMix, searched there",
+}
+REPETITION = {  # row: flags of the search, beside --train_tokens
+    "neither": {},
+    "repetition": {},
+    "cap of 4 epochs": {},  # --bounds, see bench_mixtures.repetition()
+    "both": {"max_epochs": 4},
+    "both, 8 epochs": {"max_epochs": 8},
+    "both, 16 epochs": {"max_epochs": 16},
+}
+REPETITION_SEEDS = (12, 13, 14)
+SETTINGS = [  # of the sensitivity stage: flags of a search
+    {},
+    {"learning_rate_mixture": 0.005},
+    {"learning_rate_mixture": 0.01},
+    {"learning_rate_mixture": 0.04},
+    {"learning_rate_mixture": 0.1},
+    {"outer_every": 2, "learning_rate_mixture": 0.035},
+    {"outer_every": 4, "learning_rate_mixture": 0.06},
+    {"outer_every": 20, "learning_rate_mixture": 0.2},
+    {"target_batch_size": 1},
+    {"target_batch_size": 8},
+    {"uniform_share": 0},
+    {"uniform_share": 1},
+]
+TUNING_SEEDS = (1, 2)  # they choose settings, and measure nothing else
+
+
+# ---- stored runs ---------------------------------------------------------------------------------
+
+class Key(NamedTuple):
+    """What a run is known by."""
+    task: str
+    what: str  # a mixture, "uniform", "random 3", "FastMix: last"; or a search, "search FastMix"
+    seed: int
+    steps: int
+    size: str
+
+
+@dataclass
+class Run:
+    test_loss: float
+    seconds: float
+    mixture: list = None  # the K shares it was trained at, None for a search
+    found: dict = None  # of a search: {"last": K shares, "last_half_average": .., ..}
+
+
+def line_of(key, runs):
+    """One line of a file of results: the runs {seed: Run} of one mixture."""
+    first = next(iter(runs.values()))
+    line = {"task": key.task, "what": key.what, "size": key.size, "steps": key.steps}
+    if first.mixture is not None:
+        line["mixture"] = first.mixture
+    if first.found is not None:
+        line["found"] = first.found
+    line["losses"] = {seed: run.test_loss for seed, run in runs.items()}
+    line["seconds"] = round(sum(run.seconds for run in runs.values()), 3)
+    return json.dumps(line, separators=(",", ":")) + "\n"
+
+
+def load(path):
+    """{Key: Run} of a file of results; {} where there is none."""
+    path = Path(path)
+    results = {}
+    if not path.exists():
+        return results
+    for text in path.read_text().splitlines(keepends=True):
+        if not text.endswith("\n"):  # cut short when the bench was killed
+            continue
+        line = json.loads(text)
+        seconds = line["seconds"] / len(line["losses"])
+        for seed, loss in line["losses"].items():
+            key = Key(line["task"], line["what"], int(seed), line["steps"], line["size"])
+            results[key] = Run(loss, seconds, line.get("mixture"), line.get("found"))
+    return results
+
+
+def save(path, results):
+    """Writes a file of results with one line per mixture, however many seeds it has."""
+    groups = {}  # {what is equal in the runs of a line: (Key, {seed: Run})}
+    for key, run in results.items():
+        same = json.dumps([key._replace(seed=0), run.mixture, run.found])
+        _, runs = groups.setdefault(same, (key, {}))
+        runs[key.seed] = run
+    text = "".join(line_of(key, runs) for key, runs in groups.values())
+    save_atomically(path, lambda f: f.write(text.encode()))
+
+
+def append(path, key, run):
+    """Adds a run to a file of results, as a line of its own."""
+    with open(path, "a") as f:
+        f.write(line_of(key, {key.seed: run}))
+
+
+# ---- seeds, losses and regret --------------------------------------------------------------------
+
+def seeds_of(args, task):
+    """The tasks with a BPE vocabulary have three seeds."""
+    return args.seeds[:3] if has_bpe(task) else args.seeds
+
+
+def measured_seeds(args, task):
+    """
+    The first seed chose which mixtures run on all seeds, so only the others measure. With one seed
+    it does both.
+    """
+    return seeds_of(args, task)[1:] or args.seeds
+
+
+def losses(results, task, what, seeds, steps, size=None):
+    """(S,) test losses, or None where one is missing."""
+    found = []
+    for seed in seeds:
+        run = results.get(Key(task, what, seed, steps, size or size_of(task)))
+        if run is None:
+            return None
+        found.append(run.test_loss)
+    return np.array(found)
+
+
+def fixed_runs(results, task, args):
+    """[(Key, Run)] of the task's runs at fixed mixtures, with its proxy, on its seeds."""
+    seeds = seeds_of(args, task)
+    chosen = []
+    for key, run in results.items():
+        of_task = (key.task, key.steps, key.size) == (task, args.steps, size_of(task))
+        if of_task and run.mixture is not None and key.seed in seeds:
+            chosen.append((key, run))
+    return chosen
+
+
+def on_all_seeds(results, task, args):
+    """{what: {seed: Run}} of the mixtures that were trained at on all of the task's seeds."""
+    by_what = {}
+    for key, run in fixed_runs(results, task, args):
+        by_what.setdefault(key.what, {})[key.seed] = run
+    whole = {}
+    for what, runs in by_what.items():
+        mixtures = {tuple(run.mixture) for run in runs.values()}
+        # what a search found differs from seed to seed, and is not one mixture
+        if len(mixtures) == 1 and len(runs) == len(seeds_of(args, task)):
+            whole[what] = runs
+    return whole
+
+
+def best_fixed(results, task, args, measured_on=None):
+    """
+    The best fixed mixture known, as (what, mixture), by its mean loss over all seeds but the one
+    that it is to be measured on. There the best of many would owe a part of its lead to chance.
+    """
+    whole = on_all_seeds(results, task, args)
+    others = [seed for seed in seeds_of(args, task) if seed != measured_on]
+    if not others:
+        others = [measured_on]
+
+    def mean_loss(what):
+        return np.mean([whole[what][seed].test_loss for seed in others])
+
+    best = min(whole, key=mean_loss)
+    return best, next(iter(whole[best].values())).mixture
+
+
+def best_single_source(results, task, args):
+    """The name of the best run at one source alone, by the first seed, which has all of them."""
+    best = None
+    least = np.inf
+    for source in sources_of(task):
+        what = f"only {source}"
+        loss = losses(results, task, what, args.seeds[:1], args.steps)
+        if loss is not None and loss[0] < least:
+            least = loss[0]
+            best = what
+    return best
+
+
+def regret(results, task, what, args, best):
+    """
+    (S,) loss above the best fixed mixture known, in % of it, on each measured seed that ran; None
+    if none did. best {seed: (what, mixture)}: for each seed the one that is best on the others.
+    """
+    seeds = measured_seeds(args, task)
+    if what == "best single source":
+        seeds = args.seeds[:1]
+        what = best_single_source(results, task, args)
+    values = []
+    for seed in seeds:
+        loss = losses(results, task, what, [seed], args.steps)
+        if loss is not None:
+            least = losses(results, task, best[seed][0], [seed], args.steps)
+            values.append(100 * (loss[0] / least[0] - 1))
+    return np.array(values) if values else None
+
+
+def predicted_regret(results, task, what, args, best, surface):
+    """The mean of regret() by the response surface's predict; None for a row that is no mixture."""
+    if surface is None or what == "best single source":
+        return None
+    values = []
+    for seed in measured_seeds(args, task):
+        run = results.get(Key(task, what, seed, args.steps, size_of(task)))
+        if run is not None and run.mixture is not None:
+            least = surface(best[seed][1])[0]
+            values.append(100 * (surface(run.mixture)[0] / least - 1))
+    return np.mean(values) if values else None
+
+
+# ---- the response surface ------------------------------------------------------------------------
+
+def squared_distances(a, b):
+    """(R, D), (S, D) -> (R, S)."""
+    return ((a[:, None] - b[None]) ** 2).sum(-1)
+
+
+def squared_exponential(distances, length, height):
+    """The kernel; the 100 stands for a mean that is not known."""
+    return height * np.exp(-distances / (2 * length**2)) + 100
+
+
+def gaussian_process(x, y, noise):
+    """
+    Regression of y (R,) on x (R, D); noise (R,) are the standard deviations of y. Returns predict,
+    which maps (S, D) to (S,), and the leave-one-out error: the rms of how far each y is from its
+    prediction by the others. The kernel's length and height are those of the largest marginal
+    likelihood on a grid.
+    """
+    mean = y.mean()
+    scale = y.std()
+    distances = squared_distances(x, x)
+    most_likely = -np.inf
+    for length in (0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0):
+        for height in (0.3, 1.0, 3.0, 10.0, 30.0):
+            covariance = squared_exponential(distances, length, height)
+            covariance += np.diag((noise / scale) ** 2)
+            inverse = np.linalg.inv(covariance)
+            weights = inverse @ ((y - mean) / scale)
+            likelihood = -weights @ (y - mean) / scale - np.linalg.slogdet(covariance)[1]
+            if likelihood > most_likely:
+                most_likely = likelihood
+                best = length, height, weights
+                error = np.sqrt(((weights / np.diag(inverse)) ** 2).mean()) * scale
+    length, height, weights = best
+
+    def predict(a):
+        kernel = squared_exponential(squared_distances(np.atleast_2d(a), x), length, height)
+        return mean + scale * kernel @ weights
+
+    return predict, error
+
+
+def log_shares(mixtures):
+    return np.log(np.asarray(mixtures) + 0.05) / 3
+
+
+def response_surface(results, task, args):
+    """
+    (predict, error): predict maps mixtures (S, K) to losses (S,), as means over the seeds. It is
+    fitted to all runs of the task at fixed mixtures that are within a tenth of the best; error is
+    its leave-one-out error, in % of the best. (None, None) where there are few runs.
+    """
+    seeds = seeds_of(args, task)
+    by_mixture = {}  # {mixture: {seed: loss}}
+    for key, run in fixed_runs(results, task, args):
+        by_mixture.setdefault(tuple(run.mixture), {})[key.seed] = run.test_loss
+    whole = []  # losses of the mixtures that ran on all seeds
+    for runs in by_mixture.values():
+        if len(runs) == len(seeds):
+            whole.append([runs[seed] for seed in seeds])
+    if len(by_mixture) < 20 or len(seeds) < 2 or len(whole) < 3:
+        return None, None
+    whole = np.array(whole)
+
+    # a seed's effect is the same on all mixtures; what is left is the noise of one run
+    seed_effect = whole.mean(0) - whole.mean()  # (S,)
+    rest = whole - whole.mean(1, keepdims=True) - seed_effect
+    noise = rest.std() * np.sqrt(len(seeds) / (len(seeds) - 1))
+
+    y = []  # the mean loss at each mixture, without the effects of the seeds that it ran on
+    counts = []
+    for runs in by_mixture.values():
+        y.append(np.mean([loss - seed_effect[seeds.index(s)] for s, loss in runs.items()]))
+        counts.append(len(runs))
+    y = np.array(y)
+    near = y < 1.1 * whole.mean(1).min()
+    x = log_shares(list(by_mixture))[near]
+    predict, error = gaussian_process(x, y[near], noise / np.sqrt(np.array(counts)[near]))
+
+    def predict_mixtures(mixtures):
+        return predict(log_shares(mixtures))
+
+    return predict_mixtures, 100 * error / y.min()
+
+
+# ---- costs ---------------------------------------------------------------------------------------
+
+def run_flops(task, steps):
+    """Of a run of the task's proxy at a fixed mixture."""
+    tokens = DEFAULTS["batch_size"] * DEFAULTS["block_size"]
+    return steps * training_flops(config_of(size_of(task)), tokens)
+
+
+def search_flops(task, steps, search):
+    """Of a search, a key of SEARCHES, over the task's sources."""
+    config = config_of(size_of(task))
+    settings = DEFAULTS | SEARCHES[search]
+    target_tokens = settings["target_batch_size"] * config.block_size
+    K = len(sources_of(task))
+    if search == "DoReMi":
+        reference = run_flops(task, steps)
+        reads_along = reference / 3  # the reference model's forward pass on each batch
+        return run_flops(task, steps) + reference + reads_along
+    if search == "authors":
+        # Their code takes one forward and backward pass per source and one for the target. It
+        # runs here on alignments that cost less, but is charged for its own.
+        outer = (K + 1) * training_flops(config, target_tokens)
+    else:
+        outer = outer_step_flops(config, target_tokens, K, search in WITH_CURVATURE)
+    return run_flops(task, steps) + steps / settings["outer_every"] * outer
+
+
+def cost_of(what, task):
+    """
+    Of what led to a mixture, in training runs of the proxy. The training run at the mixture itself
+    is not counted, because every row needs it.
+    """
+    search, _, taken = what.partition(": ")
+    if what.startswith("RegMix"):
+        return int(what.split()[1])
+    if not taken:
+        return 0.0
+    return search_flops(task, 1, search) / run_flops(task, 1)
+
+
+# ---- tables --------------------------------------------------------------------------------------
+
+def row_of(title, cells):
+    return f"| {title} | " + " | ".join(cells) + " |"
+
+
+def header_of(titles):
+    """The first two lines of a table."""
+    return "| | " + " | ".join(titles) + " |\n| --- |" + " --- |" * len(titles)
+
+
+def cell(values, n_seeds, predicted=None):
+    """Mean (lowest to highest; how many seeds, where not all ran), predicted."""
+    if values is None:
+        return ""
+    text = f"{values.mean():+.2f}"
+    notes = []
+    if len(values) > 1:
+        notes.append(f"{values.min():+.2f} to {values.max():+.2f}")
+    if len(values) < n_seeds:
+        notes.append("1 seed" if len(values) == 1 else f"{len(values)} seeds")
+    if notes:
+        text += f" ({'; '.join(notes)})"
+    if predicted is not None:
+        text += f", {predicted:+.2f}"
+    return text
+
+
+def listed(task, mixture):
+    return ", ".join(f"{name} {share:.2f}" for name, share in zip(sources_of(task), mixture))
+
+
+def show(results, args):
+    """Prints all tables that the results have runs for, and draws the figure."""
+    tasks = []
+    for task in args.tasks:
+        if losses(results, task, "uniform", seeds_of(args, task), args.steps) is not None:
+            tasks.append(task)
+    if not tasks:
+        print(f"{args.results} has no runs of {args.steps} steps on all of these seeds and one of "
+              "these tasks")
+        return
+    bests = {}  # {task: {seed: (what, mixture)}}
+    for task in tasks:
+        bests[task] = {s: best_fixed(results, task, args, s) for s in seeds_of(args, task)}
+    for bpe in (False, True):
+        group = [task for task in tasks if has_bpe(task) == bpe]
+        if group:
+            show_tasks(results, group, args, bests)
+    show_transfer(results, tasks, args)
+    show_repetition(results, args)
+    show_sensitivity(results, tasks, args)
+    figure(results, tasks, args, bests, Path(args.results).parent / "mixtures.png")
+
+
+def show_tasks(results, tasks, args, bests):
+    """The comparison, for tasks with one vocabulary, and what was found for each task."""
+    measured = measured_seeds(args, tasks[0])
+    surfaces = {task: response_surface(results, task, args) for task in tasks}
+    chosen = " (chosen on the other seeds)" if len(seeds_of(args, tasks[0])) > 1 else ""
+    print(f"\n{args.steps} steps, seeds {', '.join(map(str, measured))}; regret: % of the loss "
+          f"above the best fixed mixture known{chosen}, mean over the seeds (lowest to highest), "
+          "by the response surface\n")
+    print(header_of(["cost", *(TASKS[task][0] for task in tasks)]))
+    for what, title in ROWS.items():
+        cells = []
+        for task in tasks:
+            predicted = predicted_regret(results, task, what, args, bests[task], surfaces[task][0])
+            values = regret(results, task, what, args, bests[task])
+            cells.append(cell(values, len(measured), predicted))
+        if any(cells):
+            print(row_of(title, [f"{cost_of(what, tasks[0]):.2f}", *cells]))
+    for task in tasks:
+        show_found(results, task, args, surfaces[task][1])
+    print()
+    steps = args.steps
+    print(f"uniform: {run_flops(tasks[0], steps):.3g} FLOPs")
+    print(f"search FastMix: {search_flops(tasks[0], steps, 'FastMix'):.3g} FLOPs")
+
+
+def show_found(results, task, args, error):
+    """The best fixed mixture of a task, and what the searches found."""
+    seeds = seeds_of(args, task)
+    best, mixture = best_fixed(results, task, args)
+    loss = losses(results, task, best, seeds, args.steps).mean()
+    uniform = losses(results, task, "uniform", seeds, args.steps)
+    tried = {tuple(run.mixture) for _, run in fixed_runs(results, task, args)}
+    whole = set()
+    for runs in on_all_seeds(results, task, args).values():
+        whole.add(tuple(next(iter(runs.values())).mixture))
+    text = (f"\n{task}: best fixed mixture known {loss:.4f} nats per token "
+            f"({best}: {listed(task, mixture)}); uniform {uniform.mean():.4f}, its seeds differ by "
+            f"{100 * np.ptp(uniform) / uniform.mean():.2f}%; {len(tried)} mixtures, "
+            f"{len(whole)} of them on all seeds")
+    if error is not None:
+        text += f"; leave-one-out error of the surface {error:.2f}%"
+    print(text)
+    for seed in seeds:
+        run = results.get(Key(task, "search FastMix", seed, args.steps, size_of(task)))
+        if run is not None:
+            print(f"    seed {seed} found {listed(task, run.found['last_half_average'])}")
+
+
+def show_transfer(results, tasks, args):
+    steps = 2 * args.steps
+    there = []  # tasks with such runs
+    for task in tasks:
+        if Key(task, "searched there", args.seeds[0], steps, LARGER[size_of(task)]) in results:
+            there.append(task)
+    if not there:
+        return
+    print(f"\na larger model, {steps} steps: % of uniform's loss on the same seed\n")
+    print(header_of([TASKS[task][0] for task in there]))
+    for what, title in TRANSFER.items():
+        cells = []
+        for task in there:
+            gains = []
+            for seed in args.seeds:
+                large = LARGER[size_of(task)]
+                found = losses(results, task, what, [seed], steps, large)
+                uniform = losses(results, task, "uniform", [seed], steps, large)
+                if found is not None and uniform is not None:
+                    gains.append(100 * (found[0] / uniform[0] - 1))
+            cells.append(cell(np.array(gains) if gains else None, 0))
+        if any(cells):
+            print(row_of(title, cells))
+
+
+def show_repetition(results, args):
+    steps = 4 * args.steps
+    uniform = losses(results, "scarce", "uniform", REPETITION_SEEDS, steps)
+    if uniform is None:
+        return
+    print(f"\nscarce target, {steps} steps: % of uniform's loss\n")
+    seeds = [f"seed {seed}" for seed in REPETITION_SEEDS]
+    print(header_of([*seeds, "mean", "share of the scarce source"]))
+    for name in REPETITION:
+        gains = 100 * (losses(results, "scarce", name, REPETITION_SEEDS, steps) / uniform - 1)
+        shares = []
+        for seed in REPETITION_SEEDS:
+            shares.append(results[Key("scarce", name, seed, steps, "base")].mixture[-1])
+        cells = [f"{gain:+.2f}" for gain in (*gains, gains.mean())]
+        print(row_of(name, [*cells, f"{np.mean(shares):.3f}"]))
+
+
+def named(setting):
+    """The name of a search with some flags changed."""
+    flags = ", ".join(f"--{flag} {value:g}" for flag, value in setting.items())
+    return "search " + (flags or "at the defaults")
+
+
+def show_sensitivity(results, tasks, args):
+    """By the response surface, so that a setting costs a search and no training afterwards."""
+    there = []
+    surfaces = {}
+    for task in tasks:
+        surface, _ = response_surface(results, task, args)
+        searched = Key(task, named({}), TUNING_SEEDS[0], args.steps, size_of(task)) in results
+        if searched and surface is not None:
+            there.append(task)
+            surfaces[task] = surface
+    if not there:
+        return
+    print(f"\nsearches of seeds {TUNING_SEEDS[0]} and {TUNING_SEEDS[1]}, average of the last half: "
+          "% of the loss above the best fixed mixture known, by the response surface\n")
+    print(header_of([TASKS[task][0] for task in there]))
+    least = {}
+    for task in there:
+        least[task] = surfaces[task](best_fixed(results, task, args)[1])[0]
+    for setting in SETTINGS:
+        cells = []
+        for task in there:
+            values = []
+            for seed in TUNING_SEEDS:
+                key = Key(task, named(setting), seed, args.steps, size_of(task))
+                if key in results:
+                    loss = surfaces[task](results[key].found["last_half_average"])[0]
+                    values.append(100 * (loss / least[task] - 1))
+            cells.append(f"{np.mean(values):+.2f}")
+        title = named(setting).removeprefix("search ")
+        if setting:
+            title = f"`{title}`"
+        print(row_of(title, cells))
+
+
+# ---- the figure ----------------------------------------------------------------------------------
+
+POINTS = [  # label, colour, marker, rank among those of about one cost, rows
+    ("RegMix-style", "#009E73", "s", 0, [f"RegMix {n}" for n in REGMIX]),
+    ("FastMix, last half", "#0072B2", "o", 0, ["FastMix: last_half_average"]),
+    ("FastMix, replayed", "#56B4E9", "D", 4, ["FastMix: trajectory"]),
+    ("in AdamW's units", "#332288", "X", 1, ["adamw: last_half_average"]),
+    ("raw gradients", "#D55E00", "P", 3, ["raw: last_half_average"]),
+    ("the authors' setting", "#999933", "v", 0, ["authors: last"]),
+    ("DoGE's rule", "#E69F00", "^", 5, ["DoGE: run_average"]),
+    ("DoReMi's rule", "#CC79A7", "v", 0, ["DoReMi: run_average"]),
+]
+
+
+def draw_task(ax, results, task, args, best):
+    """One panel: regret against the cost of the search."""
+    for what, style in (("uniform", "--"), ("proportional", ":")):
+        values = regret(results, task, what, args, best)
+        if values is not None:
+            ax.axhline(values.mean(), color="#666666", linestyle=style, linewidth=1, label=what)
+    ax.axhline(0, color="#222222", linewidth=1, label="best fixed mixture known")
+    for label, colour, marker, rank, rows in POINTS:
+        points = []
+        for what in rows:
+            values = regret(results, task, what, args, best)
+            if values is not None:
+                x = cost_of(what, task) * (1 + 0.08 * rank)  # side by side
+                mean = values.mean()
+                points.append((x, mean, mean - values.min(), values.max() - mean))
+        if points:
+            x, y, below, above = np.array(points).T
+            ax.errorbar(x, y, yerr=(below, above), color=colour, marker=marker, markersize=6,
+                        linewidth=1, capsize=2, label=label)
+    ticks = [1, 2, 4, 8, 16, 32, 64]
+    ax.set(title=TASKS[task][0], xlabel="cost of the search (proxy runs)", xscale="log",
+           xlim=(0.8, 90))
+    ax.set_xticks(ticks, [str(tick) for tick in ticks], minor=False)
+    ax.minorticks_off()
+    ax.spines[["top", "right"]].set_visible(False)
+
+
+def figure(results, tasks, args, bests, path):
+    """Writes a picture with one panel per task."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    columns = min(3, len(tasks))
+    rows = -(-len(tasks) // columns)
+    fig, axes = plt.subplots(rows, columns, dpi=110, squeeze=False, layout="constrained",
+                             figsize=(3.6 * columns, 3.0 * rows + 0.8))
+    for ax in axes.flat[len(tasks):]:
+        ax.remove()
+    for ax, task in zip(axes.flat, tasks):
+        draw_task(ax, results, task, args, bests[task])
+    for ax in axes[:, 0]:
+        ax.set_ylabel("loss above the best, %")
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    fig.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
+    fig.savefig(path)
+    print(f"\nwrote {path}")
