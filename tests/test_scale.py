@@ -7,10 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from bench_kill import kill_loop
-from conftest import ROOT, TINY, chain_set, log_rows, result_json, run, start, wait_for_step
+from conftest import (ROOT, TINY, log_rows, markov, result_json, run, start, wait_for_step,
+                      write_set)
 
 FLAGS = [*TINY, "--sources", "a,b,noise", "--target", "target"]
 
@@ -139,13 +141,18 @@ def test_an_error_of_another_rank_reaches_the_screen(synthetic, tmp_path):
     assert "prepare_data.py a=PATH" in err
 
 
-def test_sixty_four_sources_within_256_open_files(tmp_path):
-    names = [f"s{k}" for k in range(64)]
-    for k in range(64):
-        chain_set(tmp_path / "data" / names[k], k, n=2000)
-    run("fastmix.py", *TINY, "--batch_size", 64, "--sources", ",".join(names), "--target", "s3",
-        "--max_steps", 3, cwd=tmp_path, limit=(resource.RLIMIT_NOFILE, 256))
+def test_ninety_sources_within_256_open_files(tmp_path):
+    """Each has six files, for it has masks."""
+    names = [f"s{k}" for k in range(90)]
+    for k in range(90):
+        ids = markov(k, 300)
+        splits = {"train": ids, "val": ids[:60], "test": ids[:60]}
+        masks = {split: np.ones(len(part), np.uint8) for split, part in splits.items()}
+        write_set(tmp_path / "data" / names[k], splits, masks=masks)
+    run("fastmix.py", *TINY, "--batch_size", 90, "--sources", ",".join(names), "--target", "s3",
+        "--max_steps", 12, cwd=tmp_path, limit=(resource.RLIMIT_NOFILE, 256))
     assert list(log_rows(tmp_path / "out")[-1]["alpha"]) == names
+    assert len(result_json(tmp_path / "out")["mixture"]) == 90
 
 
 def test_killed_at_random_moments(tmp_path):
