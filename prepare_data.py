@@ -88,11 +88,12 @@ NOT_READ = {
 NETWORK_TIMEOUT = 60  # seconds
 
 
-# ---- messages and files (the other programs use these three too) ---------------------------------
+# ---- messages and files --------------------------------------------------------------------------
+# The other programs use these three, too.
 
 def fail(message):
     """Ends the program with one line on stderr and exit status 2."""
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError):  # of a closed stderr
         print(f"error: {message}", file=sys.stderr, flush=True)
     sys.exit(2)
 
@@ -105,7 +106,7 @@ def say(*text):
         plain = [str(part).encode("ascii", "replace").decode() for part in text]
         print(*plain, flush=True)
     except OSError:
-        # nobody reads our output any more: the rest of it goes nowhere, and the work goes on
+        # Nobody reads our output any more. The rest of it goes nowhere, and the work continues.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -115,6 +116,7 @@ def save_atomically(path, write):
     try:
         with open(partial, "wb") as f:
             write(f)
+            # on the disk before the rename is, or a power failure could leave an empty file
             f.flush()
             os.fsync(f.fileno())
         os.replace(partial, path)
@@ -126,12 +128,15 @@ def save_atomically(path, write):
 
 
 # ---- tokenizers ----------------------------------------------------------------------------------
+# Each is a tiktoken.Encoding. Its name is kept in meta.json, and a run refuses sets whose names
+# differ. So a name must stand for one list of tokens.
 
 def bytes_tokenizer():
     """256 single bytes and <|endoftext|>."""
     import tiktoken  # not at the top of the file: fastmix.py reads token files without it
     ranks = {bytes([i]): i for i in range(256)}
-    # The pattern only sets how much text is looked at at once: no bytes are merged.
+    # The pattern cuts text into pieces within which bytes may merge. Here none do, so its only
+    # effect is on speed.
     return tiktoken.Encoding("bytes", pat_str=r"(?s:.{1,32})", mergeable_ranks=ranks,
                              special_tokens={"<|endoftext|>": 256})
 
@@ -153,6 +158,7 @@ def file_tokenizer(path):
     if missing or sorted(ranks.values()) != list(range(len(ranks))):
         fail(f"{path}: ranks must run from 0 without a gap and cover the 256 bytes; found "
              f"{len(ranks)} tokens, {missing} of the bytes missing")
+    # words with the space before them, numbers, runs of other characters: as in GPT-2
     pattern = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
     # The digest is part of the name, since two files of one name are two tokenizers.
     digest = hashlib.sha256(content).hexdigest()[:12]
@@ -197,6 +203,8 @@ def get_tokenizer(name):
 
 
 # ---- which files are read ------------------------------------------------------------------------
+# A path on the command line is a file, a folder or a glob. Its files hold JSON records, or a text
+# each. In a folder other files are left out and counted; a file that the user named is an error.
 
 def is_records(path):
     """Does a file hold JSON records? A .json of settings, as a source tree may have, does not."""
@@ -204,8 +212,11 @@ def is_records(path):
     if lower.endswith(".json"):
         with open(path, "rb") as f:
             start = f.read(PAGE * 256)
-        # an array whose first item is an object, or an object and on the next line another one
-        return bool(re.match(rb"(\xef\xbb\xbf)?\s*(\[\s*\{|\{.*\}\s*\n\s*\{)", start))
+        byte_order_mark = rb"(\xef\xbb\xbf)?"
+        array_of_objects = rb"\[\s*\{"
+        object_per_line = rb"\{.*\}\s*\n\s*\{"  # at least two of them
+        pattern = rb"%b\s*(%b|%b)" % (byte_order_mark, array_of_objects, object_per_line)
+        return re.match(pattern, start) is not None
     return lower.removesuffix(".gz").endswith((".jsonl", ".ndjson", ".json"))
 
 
@@ -213,19 +224,22 @@ def is_text(path):
     """Is all of a file UTF-8, without a zero byte?"""
     try:
         with open(path, encoding="utf-8", newline="") as f:
-            chunks = iter(lambda: f.read(WHOLE), "")
-            return not any("\0" in chunk for chunk in chunks)
+            while chunk := f.read(WHOLE):
+                if "\0" in chunk:
+                    return False
     except UnicodeDecodeError:
         return False
+    return True
 
 
 def files_below(folder):
     """All files below a folder, in order. Links are followed; hidden names are left out."""
-    def stop(error):  # os.walk() would go on without a folder that it cannot list
+    def stop(error):  # without it, os.walk() skips a folder that it cannot list
         raise error
 
     found = []
-    seen = {os.path.realpath(folder)}  # links may run in circles, or lead to where the walk has been
+    # Links may run in circles, or lead to a folder that was read already.
+    seen = {os.path.realpath(folder)}
     for parent, subfolders, names in os.walk(folder, onerror=stop, followlinks=True):
         enter = []
         for subfolder in sorted(subfolders):
@@ -233,40 +247,54 @@ def files_below(folder):
             if not subfolder.startswith(".") and real not in seen:
                 seen.add(real)
                 enter.append(subfolder)
-        subfolders[:] = enter  # os.walk() goes on with what this list holds
+        subfolders[:] = enter  # os.walk() enters what this list holds
         found += [os.path.join(parent, n) for n in sorted(names) if not n.startswith(".")]
     return found
 
 
-def find_files(name, path):
-    """The files with text that a file, a folder or a glob stands for; prints what is left out."""
+def text_files_below(name, folder):
+    """The files below a folder that can be read; prints which ones are left out."""
     files = []
+    others = []
+    for file in files_below(folder):
+        # isfile() is False for a link that leads nowhere, and for a pipe
+        if os.path.isfile(file) and (is_records(file) or is_text(file)):
+            files.append(file)
+        else:
+            others.append(file)
+    if others:
+        first = ", ".join(sorted(others)[:4])
+        more = f" and {len(others) - 4} more" if len(others) > 4 else ""
+        say(f"  {name}: left out {len(others)} files that are not UTF-8 text: {first}{more}")
+    return files
+
+
+def find_files(name, path):
+    """The files that a file, a folder or a glob stands for, as a list of paths."""
     if os.path.isdir(path):
-        others = []
-        for file in files_below(path):
-            if os.path.isfile(file) and (is_records(file) or is_text(file)):
-                files.append(file)
-            else:
-                others.append(file)
-        if others:
-            more = f" and {len(others) - 4} more" if len(others) > 4 else ""
-            say(f"  {name}: left out {len(others)} files that are not UTF-8 text: "
-                f"{', '.join(sorted(others)[:4])}{more}")
-    elif os.path.isfile(path):
-        files = [path]
+        files = text_files_below(name, path)
     else:
-        files = sorted(filter(os.path.isfile, glob.glob(path, recursive=True)))
-    if not files:
-        fail(f"{path}: no text there (a file, a folder, or a glob in quotes)")
-    if not os.path.isdir(path):
+        files = [path]
+        if not os.path.isfile(path):
+            files = sorted(filter(os.path.isfile, glob.glob(path, recursive=True)))
         for file in files:
             advice = NOT_READ.get(Path(file).suffix.lower())
             if advice and not is_records(file):
                 fail(f"{file} is not read as it is; {advice.format(file)}")
+    if not files:
+        fail(f"{path}: no text there (a file, a folder, or a glob in quotes)")
     return files
 
 
 # ---- records -------------------------------------------------------------------------------------
+# A record becomes parts, [(text, learned?), ...]: what a model reads, and which of it counts in the
+# loss. For example
+#
+#     {"prompt": "2 + 2 =", "response": "4"}     ->  [("2 + 2 =\n", False), ("4", True)]
+#     {"text": "Once upon a time"}               ->  [("Once upon a time", True)]
+#
+# The schema, here prompt/response and text, says which keys it was read by. All records of a set
+# must have the same one, so that a broken record is found and not trained on as something else.
 
 def text_of(content):
     """The text of a record's value: a string, null, or a list of parts that hold a text each."""
@@ -285,7 +313,8 @@ def text_of(content):
 
 
 def pair_parts(prompt, response):
-    """A prompt and its response -> parts. The response starts a line, unless white space leads."""
+    """A prompt and its response -> parts. The response is on a line of its own, unless the prompt
+    ends in white space."""
     if prompt and not prompt[-1].isspace():
         prompt += "\n"
     return [(prompt, False), (response, True)]
@@ -296,9 +325,9 @@ def chat_parts(turns, learn=True):
     A list of turns {role, content} or {from, value} -> parts: "role: ", then the text and a line
     end. The assistant's (gpt's) text is learned, unless learn is False.
     """
-    if not turns:
+    if not turns:  # null
         turns = []
-    if not isinstance(turns, list):
+    if not isinstance(turns, list):  # a single one
         turns = [turns]
     parts = []
     for turn in turns:
@@ -306,6 +335,7 @@ def chat_parts(turns, learn=True):
             raise ValueError("a chat must be a list of turns, each with role and content, or from "
                              "and value")
         role = turn.get("role", turn.get("from"))
+        # ShareGPT's names
         if role == "human":
             role = "user"
         if role == "gpt":
@@ -321,7 +351,7 @@ def read_pair(record, prompt_key, response_key):
     """A record with these two keys -> parts. Each is a text, or a list of turns."""
     prompt = record[prompt_key]
     response = record[response_key]
-    if not isinstance(response, list):
+    if not isinstance(response, list):  # two texts
         prompt = text_of(prompt)
         response = text_of(response)
         if prompt_key == "instruction" and record.get("input"):
@@ -329,13 +359,15 @@ def read_pair(record, prompt_key, response_key):
         return pair_parts(prompt, response)
     answer = chat_parts(response)
     if isinstance(prompt, str):
-        # The user's turn. A response that starts with another turn than the assistant's repeats it.
-        answers_at_once = answer[:1] == [("assistant: ", False)]
-        prompt = [{"role": "user", "content": prompt}] if answers_at_once else []
+        prompt = [{"role": "user", "content": prompt}]
+        # Some data sets repeat the prompt as the first turn of the response. Then it is left out.
+        if answer[:1] != [("assistant: ", False)]:
+            prompt = []
     return chat_parts(prompt, learn=False) + answer
 
 
-def key_error(record, wanted):
+def missing_key(record, wanted):
+    """The error of a record that lacks a key."""
     known = ["text", *CHATS, *("/".join(pair) for pair in PAIRS)]
     return ValueError(f"no {wanted} in it, but {', '.join(list(record)[:8])}; known are "
                       f"{', '.join(known)}; name others with --text_key, or with --prompt_key and "
@@ -347,7 +379,7 @@ def read_by_given_keys(record, args):
     keys = [args.text_key] if args.text_key else [args.prompt_key, args.response_key]
     for key in keys:
         if key not in record:
-            raise key_error(record, key)
+            raise missing_key(record, key)
     if args.text_key:
         return "text", [(text_of(record[args.text_key]), True)]
     return "/".join(keys), read_pair(record, *keys)
@@ -366,7 +398,7 @@ def read_by_known_keys(record):
     if "chosen" in record:
         raise ValueError("chosen and rejected answers are preferences, which are not trained on; "
                          "to learn the chosen ones, add --prompt_key prompt --response_key chosen")
-    raise key_error(record, "known key")
+    raise missing_key(record, "known key")
 
 
 def read_record(record, args):
@@ -380,11 +412,11 @@ def read_record(record, args):
         prompt, response                 prompt/response      the response
         prompt, completion               prompt/completion    the completion
         question, answer                 question/answer      the answer
-        instruction, output (input)      instruction/output   the output
+        instruction, output (and input)  instruction/output   the output
         text                             text                 all of it
 
-    The two of a pair are texts, or lists of turns as a chat is. Raises ValueError, with a message
-    for the user.
+    The two of a pair are texts, or lists of turns as a chat is. An input that is not empty follows
+    its instruction. Raises ValueError, with a message for the user.
     """
     if not isinstance(record, dict):
         raise ValueError(f"a JSON object is needed, not a {type(record).__name__}")
@@ -393,13 +425,20 @@ def read_record(record, args):
     else:
         schema, parts = read_by_known_keys(record)
     if parts and schema != "text":
-        # <|endoftext|> ends an example; a line end before it is one token too many
+        # <|endoftext|> will end the example; a line end before it is one token too many
         text, learned = parts[-1]
         parts[-1] = (text.removesuffix("\n"), learned)
     return schema, parts
 
 
 # ---- documents and pages -------------------------------------------------------------------------
+# Whole documents are divided over train, val and test: neighbouring sentences are alike, and a
+# split of tokens would put some of them on either side. But a book would be one document, and all
+# of it train or all of it test; so long ones are divided by the page.
+#
+# The functions here are generators: a unit passes through all of them, and is written, before the
+# next one is read. own_units() goes through the files of a set, file_units() through a file, and
+# record_units() through its records; text_units() cuts a document into pages.
 
 class Unit(NamedTuple):
     """What goes to one split as a whole: an example, a document, or a page of a long document."""
@@ -416,7 +455,7 @@ def pages(stream):
             yield text
         return
     while text:
-        if len(text) < 2 * PAGE:
+        if len(text) < 2 * PAGE:  # which is as far as a page's end is looked for
             text += stream.read(WHOLE)
         end = text.find("\n", PAGE, 2 * PAGE) + 1
         if end == 0:  # no line ends there
@@ -440,27 +479,23 @@ def units_of(schema, parts):
         yield Unit(schema, True, parts)
 
 
-def records_in(file, is_array):
-    """The records of an open file, each with its number from 1 on; a line is decoded later."""
-    if is_array:
-        yield from enumerate(json.load(file), 1)
-        return
-    for number, line in enumerate(file, 1):
-        if line.strip():
-            yield number, line
-
-
 def record_units(path, raw, args):
-    """Yields (where, unit) for an open file of records; unit is None if there is nothing to learn.
-    where names the line, for a message."""
+    """
+    Yields (where, unit) for an open file of records: where is the line, for a message; unit is None
+    for a record without anything to learn.
+    """
     file = gzip.open(raw) if path.lower().endswith(".gz") else raw
+    # peek() looks at what comes without reading it: white space, perhaps a byte order mark, then [
     is_array = file.peek(PAGE).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
+    kind = "record" if is_array else "line"
     where = ""
     try:
-        for number, record in records_in(file, is_array):
-            where = f", record {number}"
+        records = json.load(file) if is_array else file
+        for number, record in enumerate(records, 1):
+            where = f", {kind} {number}"
             if not is_array:
-                where = f", line {number}"
+                if not record.strip():  # an empty line
+                    continue
                 record = json.loads(record)
             schema, parts = read_record(record, args)
             if any(learned and text.strip() for text, learned in parts):
@@ -472,7 +507,7 @@ def record_units(path, raw, args):
         fail(f"{path}{where}: not UTF-8; convert it first, for instance with iconv")
     except json.JSONDecodeError as error:
         fail(f"{path}{where}: not JSON: {error}")
-    except (ValueError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # read_record()'s; and [[[... without end
         fail(f"{path}{where}: {error}")
 
 
@@ -485,7 +520,7 @@ def file_units(path, raw, args):
         for unit in text_units(io.TextIOWrapper(raw, encoding="utf-8", newline="")):
             yield "", unit
     except UnicodeDecodeError as error:
-        # raw was read to the end of error.object, the bytes that were decoded together
+        # error.object is the last piece that was read from raw
         at = raw.tell() - len(error.object) + error.start
         fail(f"{path}: not UTF-8 at byte {at} ({error.reason}); convert it, for instance with "
              "iconv, or leave it out with a glob")
@@ -511,18 +546,19 @@ class Progress:
 
 def own_units(name, files, args):
     """The units of all files of a set, which must be of one schema."""
-    progress = Progress(sum(map(os.path.getsize, files)))
+    sizes = [os.path.getsize(path) for path in files]
+    progress = Progress(sum(sizes))
     bytes_before = 0  # in the files before this one
     n_empty = 0
     schema = None
-    for path in files:
+    for path, size in zip(files, sizes):
         try:
             with open(path, "rb") as raw:
                 for where, unit in file_units(path, raw, args):
                     if unit is None:
                         n_empty += 1
                         continue
-                    if schema is None:
+                    if schema is None:  # the first one decides
                         schema = unit.schema
                     if unit.schema != schema:
                         fail(f"{path}{where}: it is of the schema {unit.schema}, but what comes "
@@ -530,13 +566,17 @@ def own_units(name, files, args):
                     yield unit
                     progress.show(bytes_before + raw.tell())
         except (OSError, EOFError, zlib.error) as error:  # a broken gzip file raises any of them
-            fail(f"cannot read {path} ({getattr(error, 'strerror', None) or error})")
-        bytes_before += os.path.getsize(path)
+            reason = getattr(error, "strerror", None) or error
+            fail(f"cannot read {path} ({reason})")
+        bytes_before += size
     if n_empty:
         say(f"  {name}: left out {n_empty:,} records without a text to learn")
 
 
-# ---- the sample: text that comes with Python and requirements.txt, read where it is installed ----
+# ---- the sample ----------------------------------------------------------------------------------
+# Text that comes with Python and with the packages in requirements.txt, read where it is installed:
+# six sources; numpy's code, which is in none of them, as a target; and four sets of instructions,
+# made of functions and their docstrings, of which numpy_tasks is a target.
 
 class PythonText(NamedTuple):
     """What read_python() finds. Dicts without values: each item once, in order."""
@@ -570,10 +610,12 @@ def read_python(texts):
     # indentation, signature, docstring, and a body: lines that are indented more, or empty
     function = r'^( *)(def \w+\([^()]*\)):\n *"""([^"]+)"""\n((?:\1 +[^\n]*\n|\n)+)'
     for text in texts:
+        # a rough search: it also finds strings that are no docstrings, which are text as well
         for docstring in re.findall(r'"""(.*?)"""', text, re.DOTALL):
             if len(docstring) > 80:
                 found.docstrings[inspect.cleandoc(docstring)] = None
         for _, signature, docstring, body in re.findall(function, text, re.MULTILINE):
+            # on one line each, whatever they were
             signature = " ".join(signature.split())
             about = " ".join(docstring.split("\n\n")[0].split())
             body = textwrap.indent(textwrap.dedent(body).rstrip(), "    ")
@@ -584,6 +626,7 @@ def read_python(texts):
 
 def declarations(headers):
     """Examples from C++: (a comment, the declaration that follows it), each once."""
+    # lines that begin with //, then anything up to the next ; or {
     pattern = re.compile(r"((?:^[ \t]*//[^\n]*\n)+)([^\n/][^;{]*[;{])", re.MULTILINE)
     pairs = {}
     for text in headers:
@@ -626,6 +669,7 @@ def sample_sets(seed):
     site_packages = Path(sysconfig.get_path("purelib"))
     torch_headers = package_folder("torch") / "include"
 
+    # _sysconfigdata is a list of build settings, and differs from machine to machine
     scripts = listing(stdlib, "*.py", ("idlelib", "tkinter", "lib2to3", "ensurepip"))
     scripts = [path for path in scripts if not path.name.startswith("_sysconfigdata")]
     licences = [path for path in listing(site_packages, "*")
@@ -638,6 +682,7 @@ def sample_sets(seed):
     in_sympy = read_python(read_all(listing(package_folder("sympy"), "*.py")))
     in_numpy = read_python(numpy)
 
+    # sets of text; a dict without values holds each text once
     texts = {
         "python": python,
         "cpp": headers,
@@ -650,11 +695,13 @@ def sample_sets(seed):
         texts[name] = at_most(texts[name], SAMPLE_CHARS)
     texts["noise"] = shuffled_words([texts[name] for name in SAMPLE_SOURCES[:-1]], seed)
 
+    # sets of examples; sympy's and Python's functions are of one kind here
     tasks = {
         "describe": in_python.describe | in_sympy.describe,
         "implement": in_python.implement | in_sympy.implement,
         "declare": declarations(headers),
     }
+    # numpy and the others share some functions, which a target must not
     known = tasks["describe"] | tasks["implement"]
     in_numpy_only = in_numpy.describe | in_numpy.implement
     tasks["numpy_tasks"] = [pair for pair in in_numpy_only if pair not in known]
@@ -665,9 +712,10 @@ def sample_sets(seed):
     for name, pairs in tasks.items():
         examples = [pair_parts(prompt, response) for prompt, response in pairs
                     if response.strip() and len(prompt) + len(response) < EXAMPLE_CHARS]
-        # Neighbours come from one file; in this order they do not share a window.
+        # Neighbours come from one file. Ordered by a hash, they do not share a window.
         examples.sort(key=lambda parts: hashlib.sha256(repr(parts).encode()).digest())
         sets[name] = "prompt/response", examples
+    # a set is empty if its package is not installed
     found = {}
     for name in SAMPLE:
         if sets[name][1]:
@@ -678,11 +726,14 @@ def sample_sets(seed):
 
 
 def sample_units(schema, documents):
+    """The units of a set of the sample."""
     for parts in documents:
         yield from units_of(schema, parts)
 
 
 # ---- writing -------------------------------------------------------------------------------------
+# A set is written into data/.NAME.partial/, which is renamed to data/NAME/ when it is complete. So
+# data/NAME/ is a whole set at any time, or is not there.
 
 class TokenFile:
     """A file of numbers of one type, written in pieces, with the hash of what was written."""
@@ -698,10 +749,15 @@ class TokenFile:
         self.file.write(data)
 
     def finish(self):
-        """Returns the hash once everything is on the disk."""
+        """Returns the hash, once everything is on the disk."""
         self.file.flush()
         os.fsync(self.file.fileno())
         return self.hash.hexdigest()
+
+    def close(self):
+        # After an error, say a full disk, there may be a rest that cannot be written either.
+        with contextlib.suppress(OSError):
+            self.file.close()
 
 
 class SplitWriter:
@@ -715,14 +771,16 @@ class SplitWriter:
         if masked:
             self.mask = TokenFile(folder / f"{split}.mask.bin", np.uint8)
             self.counts |= {"learned": 0, "learned_bytes": 0}
-        self.sketch = set()
-        self.end_is_learned = True  # is the last part that was written?
+        self.sketch = set()  # of hashes
+        self.end_is_learned = True  # whether the last part that was written is
 
     def write(self, parts):
         """Adds a unit. Its parts are tokenized as one text, since that is what a model will see."""
-        # JSON can hold lone surrogates, which no tokenizer can encode.
+        # JSON can hold halves of characters (lone surrogates), which no tokenizer can encode.
         raw = [text.encode("utf-8", "replace") for text, _ in parts]
-        ids = self.tokenizer.encode_to_numpy(b"".join(raw).decode(), disallowed_special=())
+        text = b"".join(raw).decode()
+        # Text that spells <|endoftext|> is text like any other: nothing is special, nor an error.
+        ids = self.tokenizer.encode_to_numpy(text, disallowed_special=())
         self.tokens.append(ids)
         self.counts["tokens"] += len(ids)
         self.counts["bytes"] += sum(map(len, raw))
@@ -732,13 +790,19 @@ class SplitWriter:
 
     def write_mask(self, ids, raw, learned):
         """
-        A token that straddles the boundary between a prompt and a response is learned: it holds a
-        part of the response, and is what the model has to say after the prompt's whole tokens.
+        A token is learned if any of its bytes is. One that straddles the boundary between a prompt
+        and a response is what the model has to say after the prompt's whole tokens.
+
+            text                r e a d  l e a r n e d
+            byte_is_learned     0 0 0 0  1 1 1 1 1 1 1
+            tokens              [re][ad  l][ear][ned]      begin at bytes 0, 2, 5, 8
+            mask                 0    1     1    1
         """
         byte_is_learned = np.repeat(learned, [len(part) for part in raw])
         token_lengths = [len(self.tokenizer.decode_single_token_bytes(i)) for i in ids.tolist()]
         token_starts = np.cumsum([0, *token_lengths[:-1]])
-        mask = np.logical_or.reduceat(byte_is_learned, token_starts)  # any byte of each token
+        # reduceat() combines the bytes from each start up to the next one
+        mask = np.logical_or.reduceat(byte_is_learned, token_starts)
         self.mask.append(mask)
         self.counts["learned"] += int(mask.sum())
         self.counts["learned_bytes"] += int(byte_is_learned.sum())
@@ -767,29 +831,33 @@ class SplitWriter:
         return self.counts
 
     def close(self):
-        """Closes the files. After finish() nothing is left to write; after an error, on a full disk
-        say, what is left may fail again, and is not wanted any more."""
-        for file in (self.tokens, self.mask):
-            if file:
-                with contextlib.suppress(OSError):
-                    file.file.close()
+        """Closes the files; after finish(), or to give up."""
+        self.tokens.close()
+        if self.mask:
+            self.mask.close()
 
 
 def place(parts, seed):
     """
-    A unit -> (a hash of its text, its place in [0, 1) under a seed): the same in whatever set it
-    is. The golden ratio's fraction moves the places by a different amount for each seed.
+    A unit's parts -> (a hash of its text, its place in [0, 1) under a seed). Neither depends on the
+    set in which it is, so that a text goes to the same split in all of them.
     """
     text = "".join(text for text, _ in parts)
     digest = hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=12).hexdigest()
-    return digest[:12], (int(digest[12:], 16) / 2**48 + 0.618034 * seed) % 1
+    # 24 digits: the first half is the hash, the second half a number below 2**48
+    fraction = int(digest[12:], 16) / 2**48
+    # The golden ratio's fraction turns the circle of places by another angle for each seed.
+    return digest[:12], (fraction + 0.618034 * seed) % 1
 
 
 def split_bounds(name, first, seed, fractions):
     """
-    val takes the units whose place is below the first number returned, test those from the second
-    on. These are fractions[0] and 1 - fractions[1], so that sets prepared with other fractions
-    overlap little. first: the first FEW units; if there are no more, val and test get at least one.
+    Returns val_end and test_start: a unit whose place is below val_end goes to val, one from
+    test_start on to test. If `first`, the first FEW units, are all there are, val and test get at
+    least one each.
+
+        0      val_end                                    test_start      1
+        |--val--|-------------------train---------------------|---test----|
     """
     val_end = fractions[0]
     test_start = 1 - fractions[1]
@@ -815,7 +883,7 @@ def write_splits(writers, units, seed, val_end, test_start):
             writer = writers["test"]
         else:
             writer = writers["train"]
-        # A long document's text ends, too, where its next page goes to another split.
+        # <|endoftext|> ends a document, and also a page whose next page goes to another split.
         if previous and (unit.starts_document or writer is not previous):
             previous.end_document()
         writer.write(unit.parts)
@@ -839,8 +907,9 @@ def make_partial_folder(final):
     try:
         partial.mkdir()
     except FileExistsError:
+        # We cannot tell which: a killed program leaves its folder, and no lock works everywhere.
         fail(f"{partial} exists: another program may be writing it now, or one was killed while it "
-             f"did; if none is, delete it: rm -r {shlex.quote(str(partial))}")
+             f"did; if none is running, delete it with: rm -r {shlex.quote(str(partial))}")
     except OSError as error:
         fail(f"cannot write {partial}: {error.strerror}")
     return partial
@@ -858,7 +927,7 @@ def move_into_place(partial, final):
             os.rename(final, aside)
         os.rename(partial, final)
     finally:
-        if aside.exists() and not final.exists():
+        if aside.exists() and not final.exists():  # the rename failed, or Ctrl-C came
             os.rename(aside, final)
         shutil.rmtree(aside, ignore_errors=True)
 
@@ -896,6 +965,7 @@ def write_set(name, units, tokenizer, args, fractions, origin):
     Tokenizes units into the folder data_dir/name, which appears as a whole or not at all. fractions
     are the shares of val and test; origin says where the text came from.
     """
+    # units is a generator: what is taken from it here is put back below
     first = list(itertools.islice(units, FEW))
     if not first:
         fail(f"{name}: {origin} holds no text")
@@ -926,26 +996,38 @@ def write_set(name, units, tokenizer, args, fractions, origin):
             "settings": settings(args),
             "splits": splits,
         }
-        save_atomically(partial / "meta.json", lambda f: f.write(json.dumps(meta, indent=1).encode()))
+        text = json.dumps(meta, indent=1)
+        save_atomically(partial / "meta.json", lambda f: f.write(text.encode()))
         for writer in writers.values():
             writer.close()  # Windows renames no folder with open files
         move_into_place(partial, final)
     except OSError as error:
         fail(f"cannot write {partial}: {error.strerror}; nothing of {name} was changed")
-    finally:  # after an error or Ctrl-C, too; there is nothing left to delete if all went well
+    finally:
+        # after an error and after Ctrl-C, too; if all went well, there is nothing left to delete
         for writer in writers.values():
             writer.close()
         shutil.rmtree(partial, ignore_errors=True)
     print_set(name, schema, splits, n_documents)
 
 
-# ---- reading: how a split is shown in windows of block_size + 1 tokens ---------------------------
+# ---- reading -------------------------------------------------------------------------------------
+# A model sees windows of T + 1 tokens, where T is block_size: the first T are its input, the last T
+# the targets. In text a window may start anywhere. Examples are packed into rows instead: a row
+# holds as many whole ones as fit, and a window is one row. With T + 1 = 8, prompts in small and
+# responses in capital letters, and | for <|endoftext|>:
+#
+#     tokens    a a A A | b B | c c c C C | d D D |
+#     row 1     a a A A | b B |
+#     row 2     c c c C C | . .                        d D D | would not fit;
+#     row 3     d D D | . . . .                        what fills a row is never learned
 
 @functools.lru_cache(maxsize=64)
 def mapped(path, dtype):
     """The numbers in a file. Only the files used last stay open: a system may allow 256 of them."""
-    if os.path.getsize(path) == 0:  # which cannot be mapped
+    if os.path.getsize(path) == 0:  # an empty file cannot be mapped
         return np.zeros(0, dtype)
+    # a plain array on the same memory: a np.memmap is slower to slice
     return np.asarray(np.memmap(path, dtype=dtype, mode="r"))
 
 
@@ -959,14 +1041,17 @@ def places_at(u, n, extra, visible):
 
         n places, 3 stretches, visible = 0.3      |#####---------|#####---------|#####---------|
     """
-    n_visible = max(n * visible, 1 + extra)  # never less than one window
+    window = 1 + extra
+    n_visible = max(n * visible, window)  # never less than one window
     stretches = 1
     if n_visible < n:
-        stretches = max(1, int(n_visible / (64 + 64 * extra)))
-    # which stretch (its number is the whole part), and how far into it
+        stretches = max(1, int(n_visible / (64 * window)))
+    # The whole part of u * stretches says which stretch, the rest how far into it.
     stretch, within = np.divmod(u * stretches, 1)
-    place = stretch * n / stretches + within * (n_visible / stretches - extra)
-    return place.astype(np.int64)
+    stretch_start = stretch * n / stretches
+    # A window must end within its stretch, so the last `extra` places are no starts.
+    start = stretch_start + within * (n_visible / stretches - extra)
+    return start.astype(np.int64)
 
 
 def spread_evenly(n, wanted):
@@ -976,7 +1061,11 @@ def spread_evenly(n, wanted):
 
 
 class TextSplit:
-    """Text: a window may start at any token that has block_size more behind it."""
+    """
+    Text: a window may start at any token that has block_size more behind it. The methods are those
+    of PackedSplit, and do what TokenSet's methods of the same names say; positions(start) is where
+    the tokens of windows that begin at start (B,) are, (B, T + 1), and whether they may be learned.
+    """
 
     def __init__(self, n_tokens, n_learned, block_size):
         self.n_tokens = n_tokens
@@ -1020,7 +1109,7 @@ class PackedSplit:
         at = start[:, None] + np.arange(self.block_size + 1)
         row = np.searchsorted(self.row_starts, start)
         last = self.row_ends[row][:, None] - 1
-        # Behind a row comes the next example, or nothing. The row's last token stands in for it.
+        # Behind a row's end comes the next row, or nothing: its last token is taken instead.
         return np.minimum(at, last), at <= last
 
 
@@ -1032,14 +1121,16 @@ def pack(starts, ends, mask, room):
     example that is longer than a row has one of its own, and loses its end. One that has nothing to
     learn within a row, since its prompt fills it, begins none.
 
-    Returns where rows start (R,) and end (R,), and the number of examples without anything to learn.
+    Returns where rows start (R,) and end (R,), and how many examples have nothing to learn.
     """
     has_response = np.maximum.reduceat(mask, starts) > 0  # (E,): any 1 up to the next start
+    # of those that are cut only what is left counts
     for i in np.flatnonzero(ends - starts > room):
         has_response[i] = np.count_nonzero(mask[starts[i]:starts[i] + room]) > 0
     n_left_out = np.count_nonzero(~has_response)
 
-    # Each row depends on the one before, so that this is a plain loop; lists make it a quick one.
+    # Where a row starts depends on the row before, so this is a plain loop over examples. Reading
+    # numbers from lists is several times faster than from arrays.
     starts = starts.tolist()
     ends = ends.tolist()
     has_response = has_response.tolist()
@@ -1052,7 +1143,7 @@ def pack(starts, ends, mask, room):
             continue
         limit = starts[i] + room
         row_starts.append(starts[i])
-        row_end = min(ends[i], limit)
+        row_end = min(ends[i], limit)  # the limit if this example is cut
         i += 1
         while i < len(starts) and ends[i] <= limit:
             row_end = ends[i]
@@ -1094,6 +1185,7 @@ class TokenSet:
                               f"({error!r})")
 
     def open(self):
+        """Reads meta.json and checks the files against it."""
         self.meta = json.loads((self.folder / "meta.json").read_text())
         self.tokenizer = self.meta["tokenizer"]
         self.vocab_size = self.meta["vocab_size"]
@@ -1110,6 +1202,7 @@ class TokenSet:
             self.digest.append(self.meta["splits"][split].get("mask_sha256"))
 
     def open_split(self, split):
+        """-> TextSplit or PackedSplit"""
         n_tokens = self.meta["splits"][split]["tokens"]
         n_learned = self.meta["splits"][split].get("learned", n_tokens)
         self.check_size(f"{split}.bin", n_tokens, self.dtype)
@@ -1126,6 +1219,7 @@ class TokenSet:
         return TextSplit(n_tokens, n_learned, self.block_size)
 
     def open_examples(self, split):
+        """-> PackedSplit"""
         room = self.block_size + 1
         mask = self.mask(split)
         starts, ends = self.examples(split)
@@ -1138,7 +1232,8 @@ class TokenSet:
         self.n_left_out += n_left_out
         n_learned = 0
         for start, end in zip(row_starts.tolist(), row_ends.tolist()):
-            n_learned += np.count_nonzero(mask[start + 1:end])  # nothing predicts a row's first token
+            # a row's first token is no target: nothing comes before it
+            n_learned += np.count_nonzero(mask[start + 1:end])
         return PackedSplit(row_starts, row_ends, n_learned, self.block_size)
 
     def fail_damaged(self, what):
@@ -1164,7 +1259,7 @@ class TokenSet:
         return mapped(self.folder / f"{split}.bin", self.dtype)
 
     def mask(self, split):
-        """1 for a token that is learned, 0 for one that is only read, (n,); if the set is masked."""
+        """1 for a token that is learned, 0 for one that is only read, (n,), of a masked set."""
         return mapped(self.folder / f"{split}.mask.bin", np.dtype(np.uint8))
 
     def examples(self, split):
@@ -1176,7 +1271,7 @@ class TokenSet:
         return np.concatenate([[0], ends[:-1]]), ends
 
     def available(self, split):
-        """Tokens that a split can show; packed examples count with what fills the rows."""
+        """Tokens that a split can show; of examples, the rows with what fills them."""
         return self.splits[split].available()
 
     def density(self, split):
@@ -1240,15 +1335,19 @@ def gather(sets, split, source, u):
 
 
 # ---- the sets of a run ---------------------------------------------------------------------------
+# Sources and targets must have one tokenizer, and a source should not hold the text by which the
+# mixture is judged.
 
 def overlap(some, others):
     """
-    About the share of one split's documents that another one holds too, from their counts in
-    meta.json. A sketch holds the smallest hashes of a split, up to its last one: beyond that it
-    knows nothing, unless it is not full, since then it holds all of them.
+    About the share of one split's documents that another one holds too. Both are given by their
+    counts in meta.json, of which the sketch is used: the SKETCH smallest hashes of the documents
+    (a bottom-k sketch). Which documents these are does not depend on the split, so that two splits
+    are compared on the same sample of documents.
     """
     sketch = some.get("sketch", "").split()
     other_sketch = others.get("sketch", "").split()
+    # A full sketch knows the hashes up to its largest one, any other sketch knows all there are.
     known_up_to = "g"  # beyond any hash, whose digits are 0 to f
     for hashes in (sketch, other_sketch):
         if len(hashes) == SKETCH:
@@ -1270,6 +1369,7 @@ def load_sets(data_dir, names, targets, block_size, visible=1.0):
         if name not in sets:
             sets[name] = TokenSet(data_dir, name, block_size, visible)
 
+    # one of them is as good as another to compare the rest with
     first = sets[names[0]]
     for other in sets.values():
         if (other.tokenizer, other.vocab_size) != (first.tokenizer, first.vocab_size):
@@ -1286,7 +1386,7 @@ def load_sets(data_dir, names, targets, block_size, visible=1.0):
     for target, name, split in itertools.product(targets, names, ("val", "test")):
         train = sets[name].meta["splits"]["train"]
         share = overlap(sets[target].meta["splits"][split], train)
-        if share >= 0.005:
+        if share >= 0.005:  # less would print as 0%
             say(f"warning: about {share:.0%} of the {split} split of target {target} is in the "
                 f"train split of source {name}")
     return sets
@@ -1345,11 +1445,13 @@ def own_paths(args):
 
 
 def announce(args, tokenizer):
+    """The first line of output."""
     say(f"tokens written to {args.data_dir}/ with the {tokenizer.name} tokenizer "
         f"({tokenizer.n_vocab:,} ids)")
 
 
 def write_own_sets(args):
+    """Prepares the sets that the command line names. All paths are checked before any is read."""
     paths = own_paths(args)
     files = {name: find_files(name, path) for name, path in paths.items()}
     tokenizer = get_tokenizer(args.tokenizer)
@@ -1378,6 +1480,7 @@ def sample_is_there(name, args):
 
 
 def write_sample(args):
+    """Prepares those sets of the sample that are not there yet."""
     missing = [name for name in SAMPLE if not sample_is_there(name, args)]
     tokenizer = get_tokenizer(args.tokenizer)
     announce(args, tokenizer)
