@@ -430,7 +430,10 @@ def test_one_clear_line(folder):
     """Each wrong command gets one, exits with 2, and costs nothing that was there."""
     def once(case):
         flags, *parts = CASES[case]
-        return case, refused("fastmix.py", *SHORT, *flags, cwd=folder), parts
+        try:
+            return case, refused("fastmix.py", *SHORT, *flags, cwd=folder), parts
+        except AssertionError as error:
+            raise AssertionError(case) from error
 
     before = {path: path.read_bytes() for path in (folder / "done").iterdir()}
     with ThreadPoolExecutor(2) as pool:

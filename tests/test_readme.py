@@ -104,9 +104,10 @@ def test_links_lead_somewhere(name):
 
 @pytest.mark.parametrize("name", ["README.md", "tests/RESULTS.md"])
 def test_no_placeholder_is_left(name):
-    """A word in capitals that stands for a number or a block which was never filled in."""
+    """A word in capitals may stand for a number or a block that was never filled in."""
     words = set(re.findall(r"(?<![\w./:-])[A-Z]{5,}(?![\w./:-])", (ROOT / name).read_text()))
-    assert words <= {"LARGEST"}, words
+    words -= {"LARGEST", "DAMPING", "DECAY", "NVIDIA", "README", "TFLOP"}  # these are meant
+    assert not words
 
 
 def test_method_table_names_what_exists():
