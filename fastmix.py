@@ -8,30 +8,33 @@ is a validation set to do well on. Two nested problems:
     inner:  w*(alpha) = argmin over w of  sum_k alpha_k L_k(w)
 
 Both are descended at once. Inner steps train w on the mixture of the moment. Outer steps move
-alpha = softmax(z) along the outer gradient. To know it, one has to know how w* moves with alpha. At
-the inner optimum, with g_k the gradient of L_k and C the curvature of the training loss, the
-implicit function theorem says dw*/dalpha_k = -C^-1 g_k. The chain rule gives the rest:
+alpha = softmax(z) along the outer gradient, which says whether the trained model would be better at
+the target if source k got more. Let g_k be the gradient of L_k and H the curvature (the Hessian) of
+the training loss. At the inner optimum the g_k balance, and the implicit function theorem says how
+that optimum moves: dw*/dalpha_k = -H^-1 g_k. The chain rule gives the rest.
 
-    (1) weights    draw sources from q = (1 - eps) alpha + eps / K, weight their loss by
+    (1) weights    draw sources from q = (1 - eps) alpha + eps / K, and weight their losses by
                    r_k = alpha_k / q_k: the expected gradient is sum_k alpha_k g_k for every eps
                    -> draw(), source_weights(), batch_loss()
-    (2) alignment  A_k = <P g_val, g_k> with P = C^-1, so that -A_k is dL_val(w*) / dalpha_k
-                   -> target_gradient(), inverse_curvature(), FusedWeightedCrossEntropy
-    (3) mixture    dL_val / dz_k = -alpha_k (A_k - sum_j alpha_j A_j), the chain rule through the
-                   softmax, stepped as mirror descent: z_k += rate (A_k - mean) / rms
+    (2) alignment  A_k = <P g_val, g_k>, where P is about H^-1: then -A_k is about
+                   dL_val(w*) / dalpha_k, up to a scale and a constant common to all sources
+                   -> target_gradient(), inverse_curvature(), FusedWeightedCrossEntropy,
+                   alignments()
+    (3) mixture    dL_val / dz_k = -alpha_k (A_k - sum_j alpha_j A_j), by the softmax; the step is
+                   z_k += rate (A_k - mean) / rms, mirror descent in units of the alignments
                    -> mixture_step()
 
-All of (2) looks at the LM head only and holds the rest of the model fixed. The pass that trains
-forms the sources' gradients at the head anyway, so that an outer step costs little more than one
-forward pass of a few target sequences.
+(2) looks at the LM head alone, and takes the rest of the model as fixed. The pass that trains forms
+the sources' gradients at the head anyway, so that an outer step costs little more than one forward
+pass of a few target sequences.
 
     python fastmix.py                             search on the sample, minutes on a 2-core CPU
     python fastmix.py --mixture out/mixture.json --out_dir out-found    train at what was found
 
 Paper: "FastMix: Fast Data Mixture Optimization via Gradient Descent", Tan et al., ICLR 2026, arXiv
-2606.14971. The paper's are the two problems, the loss weights (eps = 1) and (3) with P = 1, which
-looks one training step ahead. This repository's are eps < 1, the curvature P, the running mean of
-the target's gradient, the division by the rms, masks and bounds.
+2606.14971. The paper's are the two problems, the loss weights (eps = 1), A_k with P = 1, which
+looks one training step ahead, and the gradient (3). This repository's are eps < 1, P = H^-1, the
+running mean of the target's gradient, mirror descent in units of the rms, masks and bounds.
 """
 import argparse
 import atexit
@@ -54,12 +57,12 @@ from plot_mixture import draw_run, result_table
 from prepare_data import (IGNORE, SAMPLE_TARGETS, fail, gather, load_sets, prepare_sample,
                           sample_sources, save_atomically, say)
 
-DECAY = 0.9  # what an outer step keeps of the running means G and S
+DECAY = 0.9  # what an outer step keeps of the running means of the target's gradient
 DAMPING = 0.1  # of the curvature, in means of its diagonal
 TEST_TOKENS = 2**18  # at most so many tokens of each test split are evaluated at the end
 # a run may be resumed with these changed; with anything else changed it would be another run
 MAY_CHANGE = ("resume", "out_dir", "data_dir", "device", "compile", "log_every", "eval_tokens")
-MAY_BE_ZERO = ("seed", "warmup_steps")  # of the flags that count something
+MAY_BE_ZERO = ("seed", "warmup_steps")  # all other integers are 1 or more
 
 
 # ---- flags -------------------------------------------------------------------------------------
@@ -181,8 +184,13 @@ def open_run(argv):
     ckpt = None
     if args.init_from:
         ckpt = load_checkpoint(args.init_from, "--init_from takes a ckpt.pt of fastmix.py")
-        flags = ("n_layer", "n_head", "n_embd", "block_size")
-        args = parse_args(argv, {flag: ckpt["config"][flag] for flag in flags})
+        config = ckpt["config"]
+        flags = ("n_layer", "n_head", "n_embd")
+        args = parse_args(argv, {flag: config[flag] for flag in (*flags, "block_size")})
+        for flag in flags:
+            if getattr(args, flag) != config[flag]:
+                fail(f"{args.init_from} has --{flag} {config[flag]}, not {getattr(args, flag)}; "
+                     "leave the flag out")
     return args, ckpt
 
 
@@ -192,9 +200,10 @@ def draw(q, n, offset, order):
     """
     Systematic sampling of n sequences over sources with probabilities q (K,): n equally spaced
     points, moved by one offset in [0, 1), on the cumulative q. Source k gets floor(n q_k) or
-    ceil(n q_k) of them, n q_k in expectation, so that none is missing by chance. order is how the
-    sources lie along that line, a permutation new at each step: in a fixed order two neighbours
-    with small q would never share a batch. Returns the sequences' sources, (n,) ascending.
+    ceil(n q_k) of them, n q_k on average: less noise than n independent draws. A source with
+    n q_k < 1 is missing in some batches. order is how the sources lie along that line, a
+    permutation new at each step: in a fixed order two neighbours with small q would never share a
+    batch. Returns the sequences' sources, (n,) ascending.
     """
     edges = np.cumsum(q[order])
     points = (np.arange(n) + offset) / n
@@ -212,17 +221,19 @@ def draw_batch(sets, split, q, n, rng):
     source = draw(np.asarray(q), n, rng.random(), rng.permutation(len(q)))
     u = rng.random(n)  # where in its source each sequence begins, as a fraction
     rank, world = ranks()
-    source = source[rank::world]  # in steps of world, so that each process gets of all sources
+    source = source[rank::world]  # every world-th, so that each process gets a bit of each source
     x, y = gather(sets, split, source, u[rank::world])
     return torch.from_numpy(source), torch.from_numpy(x), torch.from_numpy(y)
 
 
 def source_weights(alpha, q, density):
     """
-    Formula (1): r (K,), what a learned token of source k weighs when sequences are drawn by q (K,).
-    Without masks that is alpha_k / q_k. With masks only a share density_k of a source's tokens is
-    learned, and M = sum_k alpha_k density_k of all: r_k = alpha_k / (q_k M). NaN, and never used,
-    for a source that is neither wanted nor drawn.
+    Formula (1): r (K,), the loss weight of each source when sequences are drawn by q (K,). Without
+    masks that is alpha_k / q_k. With masks only a share density_k of source k's tokens is learned.
+    At the mixture alpha a share M = sum_k alpha_k density_k of all tokens is, and source k has
+    beta_k = alpha_k density_k / M of those. Training then minimises sum_k beta_k L_k, so that
+    r_k = beta_k / (q_k density_k) = alpha_k / (q_k M). NaN, and never used, for a source that is
+    neither wanted nor drawn.
     """
     M = (alpha * density).sum()
     return alpha / (q * M)
@@ -230,124 +241,124 @@ def source_weights(alpha, q, density):
 
 def pieces(start, end, ends):
     """
-    The tokens from start to end (a chunk) cut by source: yields (source, slice of the chunk). ends
-    (K,) is where each source's tokens end, for sequences lie in order of their sources.
+    The tokens from start to end (a chunk) cut by source: yields (source, slice of the chunk). The
+    tokens lie in order of their sources, and ends (K,) are the positions where each source ends.
 
         sources   |-------- 0 --------|--- 1 ---|---------- 2 ----------|
         chunks    |------------|------------|------------|--------------|
         pieces    |---- 0 -----|-- 0 -|- 1 -|- 1 -|-- 2 -|----- 2 ------|
     """
-    first = 0
-    for k, last in enumerate(ends):
-        low = max(first, start)
-        high = min(last, end)
+    source_start = 0
+    for k, source_end in enumerate(ends):
+        low = max(start, source_start)
+        high = min(end, source_end)
         if low < high:
             yield k, slice(low - start, high - start)
-        first = last
+        source_start = source_end
 
 
 class FusedWeightedCrossEntropy(torch.autograd.Function):
     """
-    The LM head and its loss, sum_t coef_t loss_t, in one walk over the tokens that never holds more
-    than a chunk's logits. Gradients are formed on the way, while the logits are there. With the
-    hidden state h_t, the softmax p_t and the one-hot target y_t, the gradient of loss_t is
-    W^T (p_t - y_t) for h_t, and (p_t - y_t) h_t^T for the head W. Summed over one source's tokens,
-    the latter is the source's part dW_k of the head's gradient, and <PG, dW_k> is what (2) needs.
+    The LM head and its loss, sum_t weight_t loss_t, in one walk over the tokens that never holds
+    more than a chunk's logits. Gradients are formed on the way, while the logits are there. With
+    the hidden state h_t, the softmax p_t and the one-hot label y_t, the gradient of loss_t is
+    head^T (p_t - y_t) for h_t, and (p_t - y_t) h_t^T for the head. The latter is summed source by
+    source, into parts dW_k = sum of weight_t (p_t - y_t) h_t^T over source k's tokens. Their sum is
+    the head's gradient, and <PG, dW_k> is what (2) needs.
 
-    hidden (N, C), weight (V, C), targets (N,), coef (N,), PG (V, C) or None, ends (K,), chunk in
-    tokens or None. Returns the loss, token_loss (N,) in nats, and parts (K,) with
-    parts_k = <PG, dW_k>, zeros without PG.
+    hidden (N, C), head (V, C), labels (N,), IGNORE where nothing is learned, token_weight (N,),
+    PG (V, C) or None, ends (K,), chunk in tokens or None. Returns the loss, token_loss (N,) in
+    nats, and parts (K,) = <PG, dW_k>, zeros without PG.
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, coef, PG, ends, chunk):
+    def forward(ctx, hidden, head, labels, token_weight, PG, ends, chunk):
         N, C = hidden.shape
-        V = len(weight)
+        V = len(head)
         device = hidden.device
         dtype = hidden.dtype
         if torch.is_autocast_enabled(device.type):
             dtype = torch.get_autocast_dtype(device.type)
-        wide = torch.promote_types(dtype, torch.float32)  # for sums: bfloat16 has 8 bits
+        wide = torch.promote_types(dtype, torch.float32)  # for sums: bfloat16 keeps 3 digits
         if chunk is None:
-            # a chunk's logits are about as many numbers as hidden and weight, which are held anyway
+            # a chunk's logits are about as many numbers as hidden and head, which are held anyway
             chunk = max(64 if device.type == "cpu" else 4096, (N + V) * C // V)
         chunk = min(N, chunk)
-        hidden_needs_grad, weight_needs_grad = ctx.needs_input_grad[:2]
+        hidden_needs_grad, head_needs_grad = ctx.needs_input_grad[:2]
 
-        W = weight.to(dtype)
-        coef = coef * (targets != IGNORE)
+        W = head.to(dtype)
+        token_weight = token_weight * (labels != IGNORE)
         logits = torch.empty(chunk, V, dtype=dtype, device=device)  # one buffer for all chunks
         dW = torch.empty(V, C, dtype=dtype, device=device)  # and one for all pieces
         token_loss = torch.zeros(N, dtype=wide, device=device)
         grad_hidden = torch.zeros(N, C, dtype=wide, device=device)
-        grad_weight = torch.zeros_like(weight, dtype=wide) if weight_needs_grad else None
+        grad_head = torch.zeros_like(head, dtype=wide) if head_needs_grad else None
         parts = torch.zeros(len(ends), dtype=wide, device=device)
 
         with torch.autocast(device.type, enabled=False):
             for start in range(0, N, chunk):
                 end = min(start + chunk, N)
                 h = hidden[start:end].to(dtype)  # (n, C)
-                learned = targets[start:end] != IGNORE
-                y = targets[start:end].clamp(min=0)[:, None]  # (n, 1); any id where none is learned
+                learned = labels[start:end] != IGNORE
+                y = labels[start:end].clamp(min=0)[:, None]  # (n, 1); any id where none is learned
                 torch.mm(h, W.T, out=logits[: end - start])
                 log_p = torch.log_softmax(logits[: end - start], 1, dtype=wide)  # (n, V)
                 token_loss[start:end] = -log_p.gather(1, y).squeeze(1) * learned
-                if not (hidden_needs_grad or weight_needs_grad):
-                    continue
+                if not (hidden_needs_grad or head_needs_grad):
+                    continue  # an evaluation
                 # log p becomes p, then p - y, in place: the largest tensor here is held once
                 minus_one = torch.full_like(log_p[:, :1], -1.0)
                 p_minus_y = log_p.exp_().scatter_add_(1, y, minus_one).to(dtype)  # (n, V)
                 if hidden_needs_grad:
-                    grad_hidden[start:end] = (p_minus_y @ W) * coef[start:end, None]
-                if weight_needs_grad:
-                    weighted_h = (h * coef[start:end, None]).to(dtype)
+                    grad_hidden[start:end] = (p_minus_y @ W) * token_weight[start:end, None]
+                if head_needs_grad:
+                    weighted_h = (h * token_weight[start:end, None]).to(dtype)
                     for k, piece in pieces(start, end, ends):
                         torch.mm(p_minus_y[piece].T, weighted_h[piece], out=dW)  # (V, C)
-                        grad_weight += dW
+                        grad_head += dW
                         if PG is not None:
                             parts[k] += torch.dot(PG.flatten(), dW.flatten().to(wide))
 
-        if weight_needs_grad:
-            grad_weight = grad_weight.to(weight.dtype)
-        ctx.save_for_backward(grad_hidden.to(hidden.dtype), grad_weight)
+        if head_needs_grad:
+            grad_head = grad_head.to(head.dtype)
+        ctx.save_for_backward(grad_hidden.to(hidden.dtype), grad_head)
         ctx.mark_non_differentiable(token_loss, parts)
-        return (coef * token_loss).sum(), token_loss, parts
+        return (token_weight * token_loss).sum(), token_loss, parts
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_loss, *_):
-        grad_hidden, grad_weight = ctx.saved_tensors
+        grad_hidden, grad_head = ctx.saved_tensors
         grad_hidden = grad_hidden * grad_loss
-        if grad_weight is not None:
-            grad_weight = grad_weight * grad_loss
-        return grad_hidden, grad_weight, None, None, None, None, None
+        if grad_head is not None:
+            grad_head = grad_head * grad_loss
+        return grad_hidden, grad_head, None, None, None, None, None
 
 
-def fused_cross_entropy(hidden, weight, targets, coef, PG=None, ends=None, chunk=None):
+def fused_cross_entropy(hidden, head, labels, token_weight, PG=None, ends=None, chunk=None):
     """
-    Weighted next-token loss from hidden states: (loss, token_loss (N,), parts (K,)), see the class
-    above. Without ends all tokens are of one source. Targets that are IGNORE count nowhere.
+    Weighted next-token loss from hidden states -> (loss, token_loss (N,), parts), see the class
+    above. Without ends all tokens are taken as one source's, and parts is (1,).
     """
     if not torch.is_grad_enabled():
         hidden = hidden.detach()  # tells the walk that no gradient is wanted
-        weight = weight.detach()
+        head = head.detach()
     if ends is None:
-        ends = [len(targets)]
-    return FusedWeightedCrossEntropy.apply(hidden, weight, targets, coef, PG, ends, chunk)
+        ends = [len(labels)]
+    return FusedWeightedCrossEntropy.apply(hidden, head, labels, token_weight, PG, ends, chunk)
 
 
 def batch_loss(model, head, x, y, sequence_weight, n_tokens, PG=None, ends=None):
     """
-    A micro-batch's part of a step's loss, sum_t weight_t loss_t / n_tokens. x, y (B, T); the
-    sequences' weights (B,); n_tokens are those of the whole step, learned or not: to divide by the
-    sum of the weights instead would bias the expected gradient. That gradient is sum_k beta_k g_k,
-    where beta_k = alpha_k density_k / M is source k's share of the learned tokens (alpha_k, without
-    masks). Returns (loss, token_loss (B, T), parts (K,)).
+    A micro-batch's part of a step's loss, sum_t weight_t loss_t / n_tokens. x and y are (B, T), the
+    weights of the sequences (B,), and n_tokens counts the whole step's tokens, learned or not. (To
+    divide by the sum of the weights instead would bias the expected gradient.) With r as weights
+    that gradient is sum_k beta_k g_k, without masks sum_k alpha_k g_k.
+    Returns (loss, token_loss (B, T), parts (K,)).
     """
-    hidden = model(x)  # (B, T, C)
-    coef = sequence_weight.repeat_interleave(x.shape[1]) / n_tokens  # (B T,)
-    loss, token_loss, parts = fused_cross_entropy(hidden.flatten(0, 1), head, y.flatten(), coef,
-                                                  PG, ends)
+    hidden = model(x).flatten(0, 1)  # (B T, C)
+    token_weight = sequence_weight.repeat_interleave(x.shape[1]) / n_tokens  # (B T,)
+    loss, token_loss, parts = fused_cross_entropy(hidden, head, y.flatten(), token_weight, PG, ends)
     return loss, token_loss.view_as(y), parts
 
 
@@ -355,31 +366,35 @@ def batch_loss(model, head, x, y, sequence_weight, n_tokens, PG=None, ends=None)
 
 def target_gradient(model, head, x, y, sequence_weight, n_tokens):
     """
-    What (2) needs of a target batch, by batch_loss()'s arguments: its gradient at the head
-    G = sum_t weight_t (p_t - y_t) h_t^T / n_tokens, (V, C), and the second moment of its hidden
-    states S = sum_t weight_t h_t h_t^T / n_tokens, (C, C), both over learned tokens. There is no
-    backward pass through the model.
+    Two sums over the learned tokens of a target batch. The arguments are those of batch_loss().
+    The target's gradient at the head is g_val = sum_t weight_t (p_t - y_t) h_t^T / n_tokens,
+    (V, C). The second moment of its hidden states is s_val = sum_t weight_t h_t h_t^T / n_tokens,
+    (C, C). There is no backward pass through the model.
     """
-    weight = sequence_weight.repeat_interleave(x.shape[1])  # (B T,)
-    targets = y.flatten()
+    token_weight = sequence_weight.repeat_interleave(x.shape[1])  # (B T,)
+    labels = y.flatten()
     with torch.no_grad():
         h = model(x).flatten(0, 1).to(head.dtype)  # (B T, C)
-    loss, _, _ = fused_cross_entropy(h, head, targets, weight / n_tokens)
+    loss, _, _ = fused_cross_entropy(h, head, labels, token_weight / n_tokens)
     with torch.autocast(x.device.type, enabled=False):
-        G = torch.autograd.grad(loss, head)[0]
-        weight = weight * (targets != IGNORE)
-        S = h.T @ (h * weight[:, None]) / n_tokens
-    return G, S
+        g_val = torch.autograd.grad(loss, head)[0]
+        token_weight = token_weight * (labels != IGNORE)
+        s_val = h.T @ (h * token_weight[:, None]) / n_tokens
+    return g_val, s_val
 
 
 def inverse_curvature(G, S, v):
     """
-    P G, (V, C): a target's gradient G (V, C) times the inverse curvature of the training loss at
-    the head, up to scale. K-FAC (Martens and Grosse, arXiv 1503.05671) takes the curvature of a
-    linear layer apart into a factor for its outputs, E[(p - y)^2] for each row of the head, and one
-    for its inputs, S = E[h h^T], (C, C). Of the first, AdamW knows about enough: the rows of
-    v (V, C), its running mean of squared gradients, grow with it. A tenth of its mean is added to
-    each factor (damping), so that directions that the data hardly shows do not blow up.
+    P G, (V, C): a target's gradient G (V, C) times an approximate inverse of the loss's curvature
+    at the head, up to scale. K-FAC (Martens and Grosse, arXiv 1503.05671) writes the curvature of a
+    linear layer as a product of two factors, one for its outputs and one for its inputs.
+
+    The outputs' factor is E[(p - y) (p - y)^T], of which only the diagonal is kept, a number for
+    each row of the head. It is read off v (V, C), AdamW's running mean of squared gradients: the
+    mean of v over row i is about E[(p_i - y_i)^2] times the same constant for all rows. The inputs'
+    factor is S = E[h h^T], (C, C), of the target's hidden states, which are at hand. A tenth of its
+    mean is added to each factor (damping), so that directions that the data hardly shows do not
+    blow up.
     """
     rows = v.mean(1, keepdim=True)  # (V, 1)
     rows = rows + DAMPING * rows.mean()
@@ -388,23 +403,36 @@ def inverse_curvature(G, S, v):
     return (G / rows) @ inverse
 
 
+def alignments(parts, r, learned, n_tokens):
+    """
+    Formula (2): A (K,), each source's alignment per learned token. parts_k = <PG, dW_k>, where dW_k
+    is r_k / n_tokens times the sum of (p_t - y_t) h_t^T over source k's learned tokens. Without
+    that weight, and divided by the number of these tokens, learned_k, the sum is a mean, g_k.
+    NaN for a source that is not in the batch.
+    """
+    return parts * n_tokens / (r * learned)
+
+
 # ---- (3) the mixture ---------------------------------------------------------------------------
 
 def mixture_step(z, A, present, density, rate):
     """
-    Formula (3) as a step of mirror descent on the simplex, on logits z (K,) in place. The gradient
-    over z has a factor alpha_k, which would leave a source that lost its weight where it is; mirror
-    descent steps z by the gradient over alpha, which has not.
+    A step of the mixture, on its logits z (K,) in place, by alignments A (K,) per learned token.
 
-    A (K,) are alignments per learned token. A source enters training by its share of the learned
-    tokens, beta_k = alpha_k density_k / M with M = sum_j alpha_j density_j. Through it
+    The gradient (3) over z has a factor alpha_k, with which a source near 0 could never come back.
+    Mirror descent on the simplex leaves it out: z_k += rate (A_k - mean) / rms, where the mean and
+    the root mean square are weighted by alpha. The scale of A means nothing, hence the rms. Steps
+    do not shrink at the optimum, hence the average over the last half of a search. One step moves
+    a source by at most rate / sqrt(alpha_k), which is far for a rare one.
 
-        dL_val / dalpha_k = -(density_k / M) (A_k - sum_j beta_j A_j),
+    With masks source k counts by its share of the learned tokens, beta_k = alpha_k density_k / M
+    with M = sum_j alpha_j density_j, and beta takes the place of alpha in (3) and in the mean and
+    the rms. What remains of (3) without the factor alpha_k is
 
-    and without masks density = 1, beta = alpha. A gradient's scale says nothing here, so the step
-    is in units of the alignments' root mean square. That bounds it: a source moves by at most
-    rate (density_k / M) / sqrt(beta_k), without masks rate / sqrt(alpha_k), so that a source of
-    small share may move far. present (K,): a source that is not in the batch keeps its logit.
+        -dL_val / dalpha_k = (density_k / M) (A_k - sum_j beta_j A_j).
+
+    present (K,): all sums are over the sources in the batch. The others keep their logits and, to
+    first order, their shares.
     """
     alpha = torch.softmax(z, 0)
     A = torch.where(present, A, 0.0)
@@ -642,14 +670,15 @@ def open_sets(args, ckpt, visible):
     if 0 in weights.values():
         fail(f"--target '{args.target}': leave out a target that weighs nothing")
     sets = load_sets(args.data_dir, names, list(weights), args.block_size, visible)
-    if ckpt:
-        first = sets[names[0]]
-        if (ckpt["tokenizer"], ckpt["config"]["vocab_size"]) != (first.tokenizer, first.vocab_size):
-            fail(f"the checkpoint was trained with the tokenizer {ckpt['tokenizer']}, but "
-                 f"'{first.name}' was prepared with {first.tokenizer}")
-    if args.resume and ckpt["digests"] != {name: s.digest for name, s in sets.items()}:
-        fail(f"the data in {args.data_dir}/ is not what {args.out_dir}/ckpt.pt was trained on; "
-             "prepare it as it was, or start a new run in another --out_dir")
+    first = sets[names[0]]
+    if args.resume:
+        if ckpt["digests"] != {name: s.digest for name, s in sets.items()}:
+            fail(f"the data in {args.data_dir}/ is not what {args.out_dir}/ckpt.pt was trained on; "
+                 "prepare it as it was, or start a new run in another --out_dir")
+    elif ckpt and (ckpt["tokenizer"], ckpt["config"]["vocab_size"]) != (first.tokenizer,
+                                                                        first.vocab_size):
+        fail(f"{args.init_from} was made with the tokenizer {ckpt['tokenizer']}, '{first.name}' "
+             f"with {first.tokenizer}; prepare the sets with the checkpoint's")
     total = sum(weights.values())
     return ([sets[name] for name in names], [sets[name] for name in weights],
             [weight / total for weight in weights.values()])
@@ -705,8 +734,8 @@ def main(argv=None):
         rows=0,  # reports in log.jsonl
         seconds=0.0,  # time taken, up to the last report
         z=torch.zeros(K, dtype=torch.float64),  # logits of the mixture, alpha = softmax(z)
-        G=torch.zeros_like(head.data),  # (V, C) running mean of the target's gradient, up to scale
-        S=torch.zeros(head.shape[1], head.shape[1], device=device),  # (C, C) and of its h h^T
+        G=torch.zeros_like(head.data),  # (V, C) running mean of g_val, up to scale: it starts at 0
+        S=torch.zeros(head.shape[1], head.shape[1], device=device),  # (C, C) and of s_val
         start=torch.zeros(K, dtype=torch.float64),  # the first mixture
         before={},  # the targets' val losses before training
         run_sum=torch.zeros(K, dtype=torch.float64),  # of the mixture over all steps
@@ -787,22 +816,22 @@ def main(argv=None):
         if outer:
             # a generator per step and purpose: a resumed run draws what it would have drawn
             rng = np.random.default_rng((args.seed, step, 1))
-            target, x, y = draw_batch(targets, "val", target_weights, args.target_batch_size, rng)
-            # Targets are drawn by their weights. Over its density, so that a target counts by its
-            # weight however few of its tokens are learned. (Sources count by their tokens.)
-            weight = 1 / target_density[target]  # (B,)
+            which, x, y = draw_batch(targets, "val", target_weights, args.target_batch_size, rng)
+            # Targets are drawn by their weights. Divided by its density, a target counts by that
+            # weight, even if few of its tokens are learned. (Sources count by learned tokens.)
+            weight = 1 / target_density[which]  # (B,)
             with autocast:
-                G, S = target_gradient(model, head, x.to(device), y.to(device), weight.to(device),
-                                       args.target_batch_size * T)
-            add_up(G, S)
-            state.G.lerp_(G, 1 - DECAY)
-            state.S.lerp_(S, 1 - DECAY)
+                g_val, s_val = target_gradient(model, head, x.to(device), y.to(device),
+                                               weight.to(device), args.target_batch_size * T)
+            add_up(g_val, s_val)
+            state.G.lerp_(g_val, 1 - DECAY)
+            state.S.lerp_(s_val, 1 - DECAY)
             v = torch.ones_like(head)  # before the first step AdamW has none
             if step > 0:
                 v = optimizer.state[head]["exp_avg_sq"]
             PG = inverse_curvature(state.G, state.S, v)
 
-        # ---- inner step: train on sequences drawn by q, weighted by r = alpha / q
+        # ---- inner step: train on sequences drawn by q, weighted by r
         eps = args.uniform_share if searching else 0.0
         q = (1 - eps) * alpha + eps / K  # (K,)
         rng = np.random.default_rng((args.seed, step, 0))
@@ -828,9 +857,9 @@ def main(argv=None):
                                                      tokens_per_step, PG, ends)
             loss.backward()
             train_loss_sum += loss.detach()
-            k = source[m].to(device)
-            step_loss.index_add_(0, k, token_loss.sum(1))
-            step_learned.index_add_(0, k, (y[m] != IGNORE).float().sum(1))
+            of_sequence = source[m].to(device)
+            step_loss.index_add_(0, of_sequence, token_loss.sum(1))
+            step_learned.index_add_(0, of_sequence, (y[m] != IGNORE).float().sum(1))
             if outer:
                 step_parts += parts
         add_up(step_drawn, step_loss, step_learned, step_parts,
@@ -845,8 +874,7 @@ def main(argv=None):
         if outer:
             learned = step_learned.double().cpu()
             present = learned > 0
-            # per learned token, and without its loss weight
-            A = step_parts.double().cpu() * tokens_per_step / (r * learned)  # (K,)
+            A = alignments(step_parts.double().cpu(), r, learned, tokens_per_step)  # (K,)
             alignment_sum += torch.where(present, A, 0.0)
             alignment_count += present
             mixture_step(state.z, A, present, density, args.learning_rate_mixture)
@@ -866,7 +894,8 @@ def main(argv=None):
     if rank > 0:
         return
     found = state.half_sum / state.half_sum.sum()  # (K,) the mixture to use
-    bytes_per_token, tokens_per_document = torch.tensor([s.averages() for s in sources]).T  # (K,)
+    averages = torch.tensor([s.averages() for s in sources], dtype=torch.float64)
+    bytes_per_token, tokens_per_document = averages.T  # (K,)
     size = found * bytes_per_token
     result = {
         "mixture": by_name(names, found),
@@ -899,7 +928,7 @@ def main(argv=None):
     columns = {  # each (K,)
         "tokens_available": available,
         "tokens_seen": state.drawn,
-        "epochs_seen": state.drawn / available,  # in this run
+        "epochs_seen": state.drawn.double() / available,  # in this run
         "epochs": found * planned_tokens / available,  # in the real run, at the mixture found
         "start": state.start,
         "lower": lower,

@@ -417,7 +417,7 @@ def test_losses_and_alignments_are_means_over_learned_tokens(tmp_path):
 
     qa = sets[0]
     total, _, n = by_hand(*qa.windows("val", qa.splits["val"].row_starts))
-    found = evaluate(model, head, qa, "val", 10**6, 3)
+    found = evaluate(model, head, [qa], "val", 10**6, 3)["qa"]
     assert math.isclose(found, total / n, rel_tol=1e-6)  # added up in float32
 
     u = np.array([0.1, 0.6, 0.5])

@@ -156,7 +156,7 @@ def test_computes_only_what_is_asked(monkeypatch):
 @pytest.mark.parametrize("ends", [[23], ENDS, [0, 0, 23], [1, 2, 23], [7, 14, 21, 23], [9, 23, 23]])
 @pytest.mark.parametrize("chunk", [1, 3, 7, 22, 23])
 def test_pieces_cut_a_chunk_by_source(ends, chunk):
-    """Each token is in one piece, that of its source; a source's tokens in a chunk are one piece."""
+    """Each token is in one piece, that of its source; a source has one piece in a chunk at most."""
     source_of = []
     for k, end in enumerate(ends):
         source_of += [k] * (end - len(source_of))
