@@ -122,7 +122,8 @@ def test_method_table_names_what_exists():
 
 
 def test_functions_named_in_the_text_exist():
-    known = {name.split(".")[-1] for name in all_definitions("*.py") | all_definitions("tests/*.py")}
+    known = all_definitions("*.py") | all_definitions("tests/*.py")
+    known = {name.split(".")[-1] for name in known}
     named = {name.split(".")[-1] for name in re.findall(r"`(\w[\w.]*)\(\)`", README)}
     assert named <= known, named - known
 
