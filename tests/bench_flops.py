@@ -7,9 +7,11 @@ config is a GPTConfig.
 
 def forward_flops(config):
     """Of one token: 2 per weight of the blocks and of the head, and attention."""
-    L, C, V, T = config.n_layer, config.n_embd, config.vocab_size, config.block_size
-    weights = 12 * L * C**2 + V * C
-    attention = 2 * L * T * C  # two matmuls of T x C per token, of which a causal mask needs half
+    L = config.n_layer
+    C = config.n_embd
+    weights = 12 * L * C**2 + config.vocab_size * C
+    # attention has two matmuls of T x C per token and layer, of which a causal mask needs half
+    attention = 2 * L * config.block_size * C
     return 2 * weights + attention
 
 
@@ -24,8 +26,8 @@ def outer_step_flops(config, target_tokens, pieces, curvature=True):
     inverse curvature, unless a method goes without; and one product of V x C numbers for each
     piece, which is what one chunk of the loss holds of one source.
     """
-    C, V = config.n_embd, config.vocab_size
-    head = 2 * V * C
+    C = config.n_embd
+    head = 2 * config.vocab_size * C  # a product of the head with one vector
     target = target_tokens * (forward_flops(config) + head)
     if curvature:
         second_moment = 2 * target_tokens * C**2  # of the hidden states

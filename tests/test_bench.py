@@ -72,7 +72,8 @@ def test_response_surface_takes_the_seeds_apart():
     args = SimpleNamespace(seeds=[11, 12, 13], steps=100)
     results = {}
     for i, mixture in enumerate(rng.dirichlet(np.ones(6), 40)):
-        for seed in (11, 12, 13) if i % 2 else (12,):
+        seeds = (11, 12, 13) if i % 2 else (12,)
+        for seed in seeds:
             loss = 2 + 0.2 * mixture[0] + 0.3 * (seed == 12) + 1e-3 * rng.standard_normal()
             key = Key("numpy", f"random {i}", seed, 100, "base")
             results[key] = Run(loss, 1.0, mixture.tolist())
