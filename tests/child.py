@@ -22,7 +22,7 @@ server.set_forkserver_preload(["torch", "torch._dynamo", "numpy", "matplotlib.fi
 lock = threading.Lock()
 
 
-def become(argv, cwd, out, err, limit, env):
+def become(argv, cwd, out, err, limit, env, missing):
     """Called in the child: makes it what `cd CWD; ENV python ARGV >OUT 2>ERR` would be."""
     for fd, path in ((1, out), (2, err)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), fd)
@@ -30,6 +30,8 @@ def become(argv, cwd, out, err, limit, env):
     os.environ.update(env)
     # whoever runs the tests may ignore Ctrl-C, and children would inherit that
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    for package in missing:
+        sys.modules[package] = None  # to import it then raises ImportError
     if limit:
         kind, value = limit
         resource.setrlimit(kind, (value, value))
@@ -41,14 +43,15 @@ def become(argv, cwd, out, err, limit, env):
 class Child:
     """
     python argv in cwd, with the methods of subprocess.Popen that the tests use. limit is a pair
-    (resource.RLIMIT_..., value); env holds more variables of the environment.
+    (resource.RLIMIT_..., value); env holds more variables of the environment; missing names
+    packages that seem not to be installed.
     """
 
-    def __init__(self, argv, cwd, limit=None, env={}):
+    def __init__(self, argv, cwd, limit=None, env={}, missing=()):
         self.folder = tempfile.TemporaryDirectory()
         self.out = Path(self.folder.name, "out")
         self.err = Path(self.folder.name, "err")
-        args = (argv, str(cwd), str(self.out), str(self.err), limit, env)
+        args = (argv, str(cwd), str(self.out), str(self.err), limit, env, missing)
         self.process = server.Process(target=become, args=args)
         with lock:
             self.process.start()

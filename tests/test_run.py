@@ -40,7 +40,9 @@ RUNS = {  # out_dir: flags
 def stdout(synthetic):
     """{out_dir: stdout} of all the runs above, two at a time."""
     def once(out):
-        return out, run("fastmix.py", *RUNS[out], "--out_dir", out, cwd=synthetic)
+        stdout = run("fastmix.py", *RUNS[out], "--out_dir", out, cwd=synthetic,
+                     picture=out == "reference")
+        return out, stdout
 
     with ThreadPoolExecutor(2) as pool:
         return dict(pool.map(once, RUNS))
@@ -525,7 +527,7 @@ def test_a_damaged_log_costs_the_picture_alone(synthetic, reference):
     out.mkdir()
     shutil.copy(reference / "ckpt.pt", out)
     (out / "log.jsonl").write_bytes(b"\xff" + (reference / "log.jsonl").read_bytes())
-    stdout = run("fastmix.py", "--resume", "--out_dir", out.name, cwd=synthetic)
+    stdout = run("fastmix.py", "--resume", "--out_dir", out.name, cwd=synthetic, picture=True)
     assert "drew no picture: log no text/log.jsonl: not what this fastmix.py writes" in stdout
     assert result_json(out)["mixture"] == result_json(reference)["mixture"]
 
@@ -604,7 +606,7 @@ def test_init_from_another_tokenizer(synthetic, reference, tmp_path):
     for name in ("x", "wide"):
         line = refused("fastmix.py", "--init_from", "reference/ckpt.pt", "--data_dir", tmp_path,
                        "--sources", name, "--device", "cpu", "--out_dir", "no", cwd=synthetic)
-        assert "the checkpoint was trained with the tokenizer synthetic" in line
+        assert "reference/ckpt.pt was made with the tokenizer synthetic" in line
     assert not (synthetic / "no").exists()
 
 
@@ -808,7 +810,7 @@ def test_one_command_prepares_searches_and_draws(tmp_path):
     """`python fastmix.py` in a folder without data, shortened."""
     short = ["--max_steps", 4, "--log_every", 2, "--eval_tokens", 256, "--device", "cpu",
              "--n_layer", 1, "--n_embd", 32, "--block_size", 16]
-    stdout = run("fastmix.py", *short, cwd=tmp_path)
+    stdout = run("fastmix.py", *short, cwd=tmp_path, picture=True)
     lines = stdout.splitlines()
     assert "no sample in data/ yet; preparing it" in lines[0]
     result = result_json(tmp_path / "out")

@@ -38,7 +38,7 @@ def two_processes(*args, cwd, second=()):
            "MASTER_PORT": free_port(), "TORCHELASTIC_RUN_ID": "test"}
     processes = []
     for rank, more in (("0", ()), ("1", second)):
-        processes.append(start("fastmix.py", *args, *more, cwd=cwd,
+        processes.append(start("fastmix.py", *args, *more, cwd=cwd, picture=True,
                                env=env | {"RANK": rank, "LOCAL_RANK": rank}))
     return processes
 
