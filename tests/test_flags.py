@@ -387,6 +387,7 @@ CASES = {
     "no target": ([*AB, "--target", ""], "--target", "empty name"),
     "weights of sources": (["--sources", "a=2,b=1"], "--sources"),
     "targets without weight": ([*AB, "--target", "a=0"], "--target 'a=0'", "sum to 0"),
+    "a target without weight": ([*AB, "--target", "a=0,b"], "--target 'a=0,b'", "weighs nothing"),
     "targets of endless weight": ([*AB, "--target", "a=1e308,b=1e308"], "--target", "sum to inf"),
     "too short": (["--sources", "a,short"], "short/val.bin: 16 tokens", "needs 17"),
     "two tokenizers": (["--sources", "a,gpt"], "'gpt' was made with the tokenizer gpt2"),
