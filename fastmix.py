@@ -697,8 +697,10 @@ def main(argv=None):
             prepare_sample(args.data_dir)
         add_up(torch.zeros(1, device=device))  # the other processes wait here for the first one
         args.sources = ",".join(sample_sources(args.data_dir))
-        args.target = args.target or SAMPLE_TARGETS[0]
-    args.target = args.target or args.sources
+        if args.target is None:
+            args.target = SAMPLE_TARGETS[0]
+    if args.target is None:
+        args.target = args.sources
     T = args.block_size
     n_sequences = args.batch_size * args.grad_accum  # per step
     tokens_per_step = n_sequences * T

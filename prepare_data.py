@@ -122,6 +122,8 @@ def save_atomically(path, write):
         os.replace(partial, path)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
         partial.unlink(missing_ok=True)
+        if isinstance(error.__context__, KeyboardInterrupt):  # and a Ctrl-C, too
+            raise KeyboardInterrupt from None
         reason = str(error).splitlines()[0]
         fail(f"cannot write {path} ({reason}); what was there before is unharmed. Mend that, then "
              "start again (fastmix.py with --resume)")
