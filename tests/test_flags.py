@@ -415,7 +415,7 @@ CASES = {
     "a link to no checkpoint": ([*AB, "--init_from", "nowhere"], "nowhere: no checkpoint there"),
     "text as checkpoint": ([*AB, "--init_from", "text.pt"], "text.pt cannot be read"),
     "another model": ([*AB, "--init_from", "done/ckpt.pt", "--n_embd", "64"],
-                      "done/ckpt.pt does not fit"),
+                      "done/ckpt.pt has --n_embd 32, not 64; leave the flag out"),
     "heads": ([*AB, "--n_head", "3"], "--n_embd 32 must be an even multiple of --n_head 3"),
     "a range of no number": ([*AB, "--bounds", "a=0.1:much"], "'a=0.1:much' is not NAME="),
     "no number": ([*AB, "--max_steps", "many"], "--max_steps: invalid int value: 'many'"),
