@@ -903,7 +903,7 @@ SMALL = ["--n_layer", 1, "--n_head", 2, "--n_embd", 16, "--max_steps", 2, "--eva
 
 
 def test_the_readmes_main_command_shortened(sample):
-    stdout = run("fastmix.py", *SMALL, cwd=sample)
+    stdout = run("fastmix.py", *SMALL, cwd=sample, picture=True)
     assert "sources python,cpp,prose,math,legal,noise; target numpy; searching" in stdout
     run("fastmix.py", "--mixture", "out/mixture.json", "--out_dir", "out-found", *SMALL, cwd=sample)
     assert (sample / "out" / "mixture.json").exists()
