@@ -13,12 +13,14 @@ one example with a prompt and a response (read_record() lists the keys). Any oth
 document of UTF-8 text. Text is streamed, so that memory stays flat however long it is; only a
 JSON array is read as a whole.
 
-Documents, not tokens, are divided over train, val and test, by a hash of their content: a document
-goes to the same split in whatever set it is. One of over 32,768 characters is divided by the page.
+Documents, not tokens, are divided over train, val and test, by a hash of their text without white
+space: a document goes to the same split in whatever set it is. One of over 32,768 characters is
+divided by the page.
 
 The .bin files are nanoGPT's: token ids in a row, uint16 (uint32 if there are more than 65,536),
 with <|endoftext|> after each document. A set of examples also has SPLIT.mask.bin, one uint8 per
-token: 1 if it is learned, 0 if it is only read. TokenSet reads all of this back.
+token: 1 if it is learned, 0 if it is only read. SPLIT.sketch.bin holds hashes of lines, by which a
+run finds text that two sets share. TokenSet reads all of this back.
 """
 import argparse
 import base64
@@ -57,8 +59,8 @@ WHOLE = 32_768
 PAGE = 4096
 # With fewer documents or pages than this a split may stay empty by chance, so each then gets one.
 FEW = 200
-# How many hashes of its lines a split keeps, at most, to find text that two sets share: 8 MB.
-SKETCH = 2**20
+# How many hashes of its lines a split keeps, at most, to find text that two sets share: 16 MB.
+SKETCH = 2**21
 LINE = 20  # characters that a line must have, without white space, to be one of them
 BYTE_ORDER_MARK = "\ufeff"
 BATCH = 2**17  # characters that a thread tokenizes at a time
@@ -806,7 +808,7 @@ class SplitWriter:
         if len(self.sketch) == SKETCH:
             hashes = hashes[hashes < self.sketch[-1]]
         self.new_hashes.append(hashes)
-        if sum(map(len, self.new_hashes)) > SKETCH // 2:
+        if sum(map(len, self.new_hashes)) > SKETCH // 4:
             self.merge_sketch()
 
     def merge_sketch(self):
@@ -1589,7 +1591,7 @@ def load_sets(data_dir, names, targets, block_size, visible=1.0):
         share = overlap(sets[target].sketch(split), sets[name].sketch("train"))
         if share >= 0.005:  # less would print as 0%
             say(f"warning: about {share:.0%} of the {split} split of target {target} is in the "
-                f"train split of source {name} (by lines, two in a row)")
+                f"train split of source {name} (in pairs of neighbouring lines)")
     return sets
 
 
@@ -1627,7 +1629,7 @@ def parse_args(argv):
         fail(f"--val_fraction {args.val_fraction} and --test_fraction {args.test_fraction} must be "
              "above 0 and leave something to train on")
     if not 0 <= args.seed < 2**63:
-        fail(f"--seed {args.seed:.10g} must be from 0 to {2**63 - 1}")
+        fail(f"--seed must be a number from 0 to {2**63 - 1}")
     if not 1 <= args.workers <= 1024:
         fail(f"--workers {args.workers} must be from 1 to 1024")
     if bool(args.prompt_key) != bool(args.response_key) or (args.text_key and args.prompt_key):
