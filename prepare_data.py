@@ -752,7 +752,7 @@ class TokenFile:
         self.hash = hashlib.sha256()
 
     def append(self, values):
-        data = np.asarray(values, dtype=self.dtype).tobytes()
+        data = np.ascontiguousarray(values, dtype=self.dtype)
         self.hash.update(data)
         self.file.write(data)
 
@@ -1619,7 +1619,7 @@ def parse_args(argv):
     g("--test_fraction", type=float, default=0.05,
       help="share of documents in test (default: %(default)s)")
     g("--seed", type=int, default=1337, help="of the split and of `noise` (default: %(default)s)")
-    g("--workers", type=int, default=os.cpu_count(),
+    g("--workers", type=int, default=os.cpu_count() or 1,
       help="threads that tokenize; the files do not depend on it (default: all cores)")
     g("--overwrite", action="store_true", help="replace prepared sets of the same name")
     args = parser.parse_args(argv)
