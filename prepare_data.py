@@ -85,6 +85,9 @@ ROLES = {
     "tool": "tool", "function": "tool", "function_response": "tool", "observation": "tool",
 }
 
+# One of these is in each turn, beside whose it is.
+TURN_KEYS = frozenset(("content", "value", "tool_calls", "function_call"))
+
 MOST_VALUES = 64  # of --split_by
 
 # Endings of files that are not read, and what to do about it: {0} is the file as a shell's word,
@@ -312,17 +315,18 @@ def chat_parts(turns, notes, learn=True):
     parts = []
     for turn in turns:
         role = None
-        if isinstance(turn, dict) and {"content", "value", "tool_calls", "function_call"} & {*turn}:
+        if isinstance(turn, dict) and not TURN_KEYS.isdisjoint(turn):
             role = first_value(turn, "role", "from")
         if role is None:
             raise ValueError("a chat must be a list of turns, each with role and content, or from "
                              "and value")
         known_role = ROLES.get(str(role).lower())
-        if known_role is None:
+        if known_role:
+            role = known_role
+        else:
             notes[f"turns of {str(role)[:40]!r} read, not learned"] += 1
-        role = known_role or role
         text = in_lines([text_of(first_value(turn, "content", "value"), notes), *calls_of(turn)])
-        # `"weight": 0` and `"train": false` mark a turn that is only read; False == 0
+        # "weight": 0 and "train": false mark a turn that is only read (and False == 0)
         only_read = 0 in (turn.get("weight"), turn.get("train"))
         if text.strip():
             parts.append((f"{role}: ", False))
@@ -348,7 +352,8 @@ def background(value, notes):
 
 def text_before(record, notes, used=()):
     """The text of all BEFORE keys of a record, but for those used otherwise."""
-    return in_lines([background(record.get(key), notes) for key in BEFORE if key not in used])
+    keys = [key for key in BEFORE if key in record and key not in used]
+    return in_lines([background(record[key], notes) for key in keys])
 
 
 def whole_chat(before, turns, notes, learn=True):

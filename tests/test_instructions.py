@@ -125,7 +125,7 @@ RECORDS = {
         "to {i}\nadd {i}\n[{i}]"),
     "orca": (
         "question/response",
-        lambda i: {"id": i, "system_prompt": "be brief\n", "question": f"?{i}", "response": f"!{i}"},
+        lambda i: {"system_prompt": "be brief\n", "question": f"?{i}", "response": f"!{i}"},
         "be brief\n?{i}\n[!{i}]"),
     "squad": (
         "question/answer",
@@ -468,7 +468,7 @@ def test_what_is_in_records_and_not_read_is_counted(tmp_path):
     """Images are left out of their turns; turns under an unknown role are read."""
     with open(tmp_path / "chat.jsonl", "w") as f:
         for i in range(60):
-            parts = [{"type": "image_url", "image_url": {"url": "x"}}, {"type": "text", "text": "?"}]
+            parts = [{"type": "image_url", "image_url": {}}, {"type": "text", "text": "?"}]
             turns = [{"role": "user", "content": parts}, {"role": "Narrator", "content": "so"}]
             if i % 3 == 0:
                 turns.append({"role": "user", "content": {"type": "audio"}})

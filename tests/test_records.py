@@ -86,7 +86,8 @@ def test_a_folder_of_records_and_texts_is_what_most_of_it_is(code):
     """Beside chats the texts are left out, beside source code the chats."""
     write_records(code / "few.jsonl", chats(20))
     stdout = run("prepare_data.py", "code=code", cwd=code.parent)
-    assert "code: left out 1 files of messages, since most of code is of text: code/few.jsonl" in stdout
+    assert ("code: left out 1 files of messages, since most of code is of text: code/few.jsonl\n"
+            ) in stdout
     assert all_documents(code.parent / "data" / "code") == sorted(longer_corpus(40))
 
     hub = code.parent / "hub"
@@ -293,8 +294,8 @@ def test_one_set_for_each_value(tmp_path):
                  "body", cwd=tmp_path)
     assert "slim: in records, 4 records without meta.set left out\n" in stdout
     assert "slim: left out 1 records without a text to learn\n" in stdout
-    assert ("slim: left out 1 values of meta.set with fewer than 3 different documents, too few for "
-            "train, val and test: rare (40)\n") in stdout
+    assert ("slim: left out 1 values of meta.set with fewer than 3 different documents, too few "
+            "for train, val and test: rare (40)\n") in stdout
     assert sorted(os.listdir(tmp_path / "data")) == sorted(NAMES)
     for i, (name, domain) in enumerate(zip(NAMES, DOMAINS)):
         assert f"  {name}" in stdout
@@ -345,7 +346,8 @@ SPLIT_ERRORS = {  # name: (records of 5 documents each, or arguments; parts of t
     "alike": ([{"k": "a b"}, {"k": "a_b"}, {"k": "c"}],
               ["'a b' of x and 'a_b' of x would both be the set x_a_b"]),
     "case": ([{"k": "ArXiv"}, {"k": "arxiv"}], ["'ArXiv' of x and 'arxiv' of x would both be"]),
-    "list": ([{"k": ["a", "b"]}], ["line 1: --split_by k needs a text or a number, not ['a', 'b']"]),
+    "list": ([{"k": ["a", "b"]}],
+             ["line 1: --split_by k needs a text or a number, not ['a', 'b']"]),
 }
 
 
