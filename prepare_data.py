@@ -252,7 +252,7 @@ def text_of(content, notes):
         return "".join(text_of(part, notes) for part in content)
     kind = type(content).__name__  # Parquet has dates and bytes
     if isinstance(content, dict):
-        if "text" in content:
+        if content.get("text") is not None:
             return text_of(content["text"], notes)
         kind = str(content.get("type", "JSON object"))
     notes[f"{kind[:40]} left out"] += 1
@@ -596,7 +596,9 @@ def is_text(path):
 def parquet_records(raw):
     """The records of an open .parquet file, a few at a time."""
     import pyarrow.parquet
-    for batch in pyarrow.parquet.ParquetFile(raw).iter_batches(256):
+    # As it is set by itself, the whole file would be in memory.
+    file = pyarrow.parquet.ParquetFile(raw, pre_buffer=False, buffer_size=2**20)
+    for batch in file.iter_batches(256):
         yield from batch.to_pylist()
 
 
@@ -1401,9 +1403,10 @@ def write_set_by_value(name, units, tokenizer, taken, args, fractions, origin):
             fail(f"{name}: {origin} holds no text with a {args.split_by}")
         for value, set_name in names_of_values(name, paths, taken, args).items():
             origin_of_value = f"{origin} ({args.split_by} {value[:80]})"
-            write_set(set_name, sorted_units(paths[value]), tokenizer, args, fractions,
-                      origin_of_value)
-            paths[value].unlink()  # its place on the disk is needed
+            # closing: Windows deletes no open file
+            with contextlib.closing(sorted_units(paths[value])) as units:
+                write_set(set_name, units, tokenizer, args, fractions, origin_of_value)
+            paths[value].unlink()  # to have its place on the disk for the next one
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -7,12 +7,13 @@ import json
 import os
 import sys
 
+import numpy as np
 import pytest
 
 import prepare_data
 from conftest import refused, run
 from prepare_data import SPLITS
-from test_prepare import all_documents, contents, corpus, line_of, longer_corpus, write_jsonl
+from test_prepare import all_documents, contents, corpus, line_of, longer_corpus, peak_mb, write_jsonl
 
 
 def write_records(path, records):
@@ -309,6 +310,30 @@ def test_one_set_for_each_value(tmp_path):
         assert meta["splits"] == expected["splits"]
         assert meta["documents"] == len(texts[domain]) and meta["name"] == name
         assert meta["origin"] == f"slim/*.jsonl (meta.set {domain})"
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "jsonl.zst", "parquet"])
+def test_memory_is_flat_whatever_is_read(tmp_path, suffix):
+    """Ten times the text, the same peak."""
+    rng = np.random.default_rng(0)
+    for name, n in (("small", 1000), ("large", 10_000)):
+        rows = []
+        for i in range(n):
+            letters = rng.integers(97, 123, 3000, np.uint8).tobytes().decode()
+            rows.append({"text": letters, "source": "abcdefg"[i % 7]})
+        path = tmp_path / f"{name}.{suffix}"
+        if suffix == "parquet":
+            pyarrow = pytest.importorskip("pyarrow")
+            from pyarrow import parquet
+            parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+            continue
+        data = "".join(json.dumps(row) + "\n" for row in rows).encode()
+        if suffix == "jsonl.zst":
+            data = zstd_of(data)
+        path.write_bytes(data)
+    small = peak_mb(tmp_path, f"small=small.{suffix}", "--split_by", "source")
+    large = peak_mb(tmp_path, f"large=large.{suffix}", "--split_by", "source")
+    assert large < small + 12, (small, large)
 
 
 def test_values_of_examples_and_of_a_folder(tmp_path):
