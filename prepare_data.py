@@ -7,13 +7,14 @@ Turns text into token files: data/NAME/{train,val,test}.bin and meta.json for ea
     python prepare_data.py books=books.txt --tokenizer gpt2
     python prepare_data.py chat=chat.json qa=qa.jsonl        instructions: the model reads the
                                                              prompts and learns the responses
-    python prepare_data.py --split_by meta.source c='*.jsonl'    a set for each source that records
-                                                             name: c_web, c_books, ...
+    python prepare_data.py --split_by meta.source c='c/*.jsonl'
+                                                             one set for each source that its
+                                                             records name: c_web, c_books, ...
 
 Files that end in .jsonl, .ndjson or .json hold records: each is one document, or one example with
 a prompt and a response (read_record() lists the keys). So do .parquet files, where pyarrow is
 installed. Any other file is one document of UTF-8 text. Records and .txt may be packed as .gz or,
-where zstandard is installed (Python 3.14 needs nothing), as .zst. In a folder, what cannot be read
+where zstandard is installed (Python 3.14 needs nothing), as .zst. Of a folder, what cannot be read
 is left out and named. Text is streamed, so that memory stays flat however long it is; only a JSON
 array is read as a whole.
 
@@ -236,12 +237,12 @@ def get_tokenizer(name):
 # The schema, here prompt/response and text, says which keys it was read by. All records of a set
 # must have the same one, so that a broken record is found and not trained on as something else.
 #
-# What is in a record but not in its parts, as an image, is counted in `notes`, a Counter of short
-# descriptions; own_units() prints it when a set is read.
+# `notes` is a Counter of short descriptions: what is in a record but not in its parts, as an image.
+# own_units() prints it when a set has been read.
 
 def text_of(content, notes):
-    """The text of a value of a record: a text, a number, null, or a list of parts that hold a text
-    each. Anything else is left out, and noted."""
+    """The text of a record's value: a text, a number, null, or a list of parts that hold a text
+    each. Anything else is left out and noted."""
     if content is None:
         return ""
     if isinstance(content, str):
@@ -325,6 +326,7 @@ def chat_parts(turns, notes, learn=True):
             role = known_role
         else:
             notes[f"turns of {str(role)[:40]!r} read, not learned"] += 1
+        # a turn that calls a tool may have no text besides
         text = in_lines([text_of(first_value(turn, "content", "value"), notes), *calls_of(turn)])
         # "weight": 0 and "train": false mark a turn that is only read (and False == 0)
         only_read = 0 in (turn.get("weight"), turn.get("train"))
@@ -367,7 +369,8 @@ def read_pair(record, prompt_key, response_key, notes):
     before = text_before(record, notes, used=(prompt_key, response_key))
     prompt = record[prompt_key]
     response = record[response_key]
-    if not isinstance(response, (list, dict)):  # two texts
+    if not isinstance(response, (list, dict)):
+        # two texts
         texts = [before, text_of(prompt, notes)]
         if prompt_key == "instruction":
             texts.append(text_of(record.get("input"), notes))
@@ -435,11 +438,12 @@ def read_record(record, args, notes):
         system, system_prompt, history, context     before a prompt; in a chat, as a system turn
         input                                       after an instruction
 
-    Of a chat, the turns of the assistant are learned, which ROLES says by what other names they
-    go. A turn with "weight": 0 or "train": false is read, and not learned. The assistant's
-    tool_calls are learned, as JSON behind the turn's text; a tool's answer is read. Numbers are
-    read as text. Other keys are not read. In notes, a Counter, is counted what has no text, as
-    images, and whose turns are read under a role that is not in ROLES.
+    ROLES lists the other names that the assistant has. Of its turns, those with "weight": 0 or
+    "train": false are only read. Its tool_calls are learned, as JSON after the turn's text; a
+    tool's answer is read. Numbers are read as text. Other keys are not read.
+
+    notes, a Counter, counts what is left out since it has no text, and the turns whose role is not
+    in ROLES, which are read.
 
     Raises ValueError, with a message for the user.
     """
@@ -513,45 +517,44 @@ def packing(path):
     return ""
 
 
+def zstd_pieces(raw):
+    """The content of an open .zst file, in pieces. Raises DAMAGED."""
+    decompressor = None  # of the frame that is being read: a file may have several
+    while packed := raw.read(PAGE):
+        while packed:
+            if decompressor is None:
+                decompressor = zstd_decompressors()()
+            try:
+                piece = decompressor.decompress(packed)
+            except Exception as error:  # each of the two packages has an error of its own
+                raise zlib.error(f"not zstd: {error}") from None
+            yield piece
+            packed = b""
+            if decompressor.eof:
+                packed = decompressor.unused_data
+                decompressor = None
+    if decompressor:
+        raise EOFError("it ends before its last frame does")
+
+
 class ZstdReader(io.RawIOBase):
-    """The content of an open .zst file, which may have several frames. Raises DAMAGED."""
+    """zstd_pieces() as an open file."""
 
     def __init__(self, raw):
-        self.raw = raw
-        self.packed = b""
-        self.unpacked = b""
-        self.decompressor = None  # of the frame that is being read
+        self.pieces = zstd_pieces(raw)
+        self.piece = b""
 
     def readable(self):
         return True
 
-    def unpack_some(self):
-        """Unpacks a bit more; False at the end of the file."""
-        if not self.packed:
-            self.packed = self.raw.read(PAGE)
-        if not self.packed:
-            if self.decompressor:
-                raise EOFError("it ends before its last frame does")
-            return False
-        if not self.decompressor:
-            self.decompressor = zstd_decompressors()()
-        try:
-            self.unpacked = self.decompressor.decompress(self.packed)
-        except Exception as error:  # each of the two packages has an error of its own
-            raise zlib.error(f"not zstd: {error}") from None
-        self.packed = b""
-        if self.decompressor.eof:
-            self.packed = self.decompressor.unused_data
-            self.decompressor = None
-        return True
-
     def readinto(self, buffer):
-        while not self.unpacked:
-            if not self.unpack_some():
+        while not self.piece:  # some packed bytes hold nothing yet
+            self.piece = next(self.pieces, None)
+            if self.piece is None:  # the end
                 return 0
-        n = min(len(buffer), len(self.unpacked))
-        buffer[:n] = self.unpacked[:n]
-        self.unpacked = self.unpacked[n:]
+        n = min(len(buffer), len(self.piece))
+        buffer[:n] = self.piece[:n]
+        self.piece = self.piece[n:]
         return n
 
 
@@ -609,6 +612,7 @@ def read_records(path, raw, args, notes):
     """
     kind = "record"
     where = ""
+    # Errors are translated here, in one place: they come while any of these lines reads on.
     try:
         if path.lower().endswith(".parquet"):
             records = parquet_records(raw)
@@ -689,7 +693,7 @@ def files_in_folder(name, folder, args):
     The files below a folder that can be read. All are of one schema, the one that most of the bytes
     are of: beside records a README.md is left out, and beside source code a chat. Prints what is.
     """
-    by_schema = {}
+    by_schema = {}  # {schema: files}
     no_text = []
     no_records = {}  # {file: what is wrong}
     for file in files_below(folder):
@@ -711,6 +715,7 @@ def files_in_folder(name, folder, args):
     say_left_out(name, no_text, "that are not UTF-8 text")
     say_left_out(name, no_records, "that hold no records by keys that are known or given")
     if not by_schema:
+        # what is wrong with the first one tells what to do
         for error in no_records.values():
             fail(error)
         for file in no_text:
@@ -1349,12 +1354,14 @@ def sort_by_value(name, units, folder, args):
                          f"{some}; choose a key with fewer, or leave out --split_by")
                 paths[value] = folder / f"{len(files)}.jsonl"
                 files[value] = stack.enter_context(open(paths[value], "w", encoding="ascii"))
+            # write_set() needs three different places
             if len(texts[value]) < 3:
                 texts[value].add(place(unit.parts, args.seed))
             n_documents[value] += unit.starts_document
             line = json.dumps([unit.schema, unit.starts_document, unit.parts])
             files[value].write(line + "\n")
 
+    # only now is it known which values are rare
     rare = [value for value in paths if len(texts[value]) < 3]
     for value in rare:
         del paths[value]
@@ -1371,9 +1378,11 @@ def names_of_values(name, values, taken, args):
     those of this call; on some systems names that differ only in case are one."""
     names = {}
     for value in values:
+        # a dot at the end is lost on Windows
         safe = re.sub(r"[^A-Za-z0-9_.-]+", "_", value[:80]).rstrip(".")
         names[value] = f"{name}_{safe}"
         whose = f"{value!r} of {name}"
+        # the first one to ask for a name has it
         other = taken.setdefault(names[value].lower(), whose)
         if other != whose:
             fail(f"{other} and {whose} would both be the set {names[value]}; rename one of these "

@@ -13,7 +13,8 @@ import pytest
 import prepare_data
 from conftest import refused, run
 from prepare_data import SPLITS
-from test_prepare import all_documents, contents, corpus, line_of, longer_corpus, peak_mb, write_jsonl
+from test_prepare import (all_documents, contents, corpus, line_of, longer_corpus, peak_mb,
+                          write_jsonl)
 
 
 def write_records(path, records):
