@@ -255,7 +255,8 @@ def text_of(content, notes):
     if isinstance(content, dict):
         if content.get("text") is not None:
             return text_of(content["text"], notes)
-        kind = str(content.get("type", "JSON object"))
+        keys = ", ".join(list(content)[:4])
+        kind = str(content.get("type", f"{{{keys}}}"))
     notes[f"{kind[:40]} left out"] += 1
     return ""
 
@@ -849,13 +850,14 @@ class Progress:
 
 
 def own_units(name, files, args):
-    """The units of all files of a set, which must be of one schema."""
+    """The units of all files of a set, which must be of one schema. (With --split_by they are of
+    several sets.)"""
     sizes = [os.path.getsize(path) for path in files]
     progress = Progress(sum(sizes))
     bytes_before = 0  # in the files before this one
     n_empty = 0
     notes = collections.Counter()
-    schema = None
+    schemas = {}  # {value of --split_by: schema}; without it there is one value, None
     for path, size in zip(files, sizes):
         try:
             with open(path, "rb") as raw:
@@ -863,8 +865,8 @@ def own_units(name, files, args):
                     if unit is None:
                         n_empty += 1
                         continue
-                    if schema is None:  # the first one decides
-                        schema = unit.schema
+                    # the first one decides
+                    schema = schemas.setdefault(unit.value, unit.schema)
                     if unit.schema != schema:
                         fail(f"{path}{where}: it is of the schema {unit.schema}, but what comes "
                              f"before it is of {schema}; prepare them as two sets")
@@ -1409,7 +1411,7 @@ def write_set_by_value(name, units, tokenizer, taken, args, fractions, origin):
         except OSError as error:  # own_units() reports those of reading
             fail(f"cannot write {folder}: {error.strerror}; no set was changed")
         if not paths:
-            fail(f"{name}: {origin} holds no text with a {args.split_by}")
+            fail(f"{name}: {origin} has no value of {args.split_by} with enough documents")
         for value, set_name in names_of_values(name, paths, taken, args).items():
             origin_of_value = f"{origin} ({args.split_by} {value[:80]})"
             # closing: Windows deletes no open file

@@ -56,9 +56,10 @@ def sharegpt_with_tools(i):
 
 
 def by_many_names(i):
-    names = ["gpt", "chatgpt", "bing", "bard", "bot", "model", "assistant", "GPT"]
-    return [turn for name in names
-            for turn in ({"from": "User", "value": f"{i}"}, {"from": name, "value": "ho"})]
+    turns = []
+    for name in ("gpt", "chatgpt", "bing", "bard", "bot", "model", "assistant", "GPT"):
+        turns += [{"from": "User", "value": f"{i}"}, {"from": name, "value": "ho"}]
+    return turns
 
 
 def partly_learned(i):
@@ -475,10 +476,10 @@ def test_what_is_in_records_and_not_read_is_counted(tmp_path):
             if i % 3 == 0:
                 turns.append({"role": "user", "content": {"type": "audio"}})
             turns.append({"role": "assistant", "content": f"{i}"})
-            f.write(json.dumps({"messages": turns}) + "\n")
+            f.write(json.dumps({"messages": turns, "context": {"a": "x", "b": 1}}) + "\n")
     stdout = run("prepare_data.py", "x=chat.jsonl", cwd=tmp_path)
-    assert ("x: in records, 60 image_url left out; 60 turns of 'Narrator' read, not learned; "
-            "20 audio left out\n") in stdout
+    assert ("x: in records, 60 {a, b} left out; 60 image_url left out; 60 turns of 'Narrator' read, "
+            "not learned; 20 audio left out\n") in stdout
     data = TokenSet(tmp_path / "data", "x", 64)
     text = marked(data.tokens("train"), data.mask("train"), prepare_data.bytes_tokenizer())
     texts = {re.sub(r"\d+", "0", example) for example in examples_in(text)}

@@ -338,16 +338,19 @@ def test_memory_is_flat_whatever_is_read(tmp_path, suffix):
 
 
 def test_values_of_examples_and_of_a_folder(tmp_path):
-    """A folder's texts hold no value; a key may have its dot in its name."""
+    """A folder's texts hold no value; a key may have its dot in its name; each set may be of a
+    schema of its own."""
     rows = chats(200)
     for i, row in enumerate(rows):
         row["meta.set"] = "ab"[i % 2]
+    rows += [{"text": f"document {i}", "meta.set": "c"} for i in range(50)]
     write_records(tmp_path / "hub" / "x.jsonl", rows)
     (tmp_path / "hub" / "README.md").write_text("about\n" * 9999)
     stdout = run("prepare_data.py", "q=hub", "--split_by", "meta.set", cwd=tmp_path)
     assert "q: left out 1 files that hold no records" in stdout and "hub/README.md" in stdout
     assert stdout.count("(100 documents, messages, ") == 2
-    assert sorted(os.listdir(tmp_path / "data")) == ["q_a", "q_b"]
+    assert stdout.count("(50 documents)") == 1
+    assert sorted(os.listdir(tmp_path / "data")) == ["q_a", "q_b", "q_c"]
 
 
 def test_split_by_keeps_what_is_there(tmp_path):
@@ -380,7 +383,7 @@ SPLIT_ERRORS = {  # name: (records of 5 documents each, or arguments; parts of t
 @pytest.mark.parametrize("case", SPLIT_ERRORS)
 def test_values_that_make_no_sets(tmp_path, case):
     values, parts = SPLIT_ERRORS[case]
-    records = [{"text": f"document {i}", **value} for value in values for i in range(5)]
+    records = [{"text": f"document {i}", **values[i // 5]} for i in range(5 * len(values))]
     write_records(tmp_path / "x.jsonl", records)
     line = refused("prepare_data.py", "x=x.jsonl", "--split_by", "k", cwd=tmp_path)
     assert all(part in line for part in parts), line
@@ -392,10 +395,10 @@ def test_split_by_needs_records_and_a_key(tmp_path):
     (tmp_path / "x.txt").write_text("\n".join(corpus(200)))
     cases = [(["x=x.txt"], "x.txt: --split_by needs records"),
              ([], "--split_by needs NAME=PATH"),
-             (["x=x.jsonl"], "x: x.jsonl holds no text with a k")]
+             (["x=x.jsonl"], "x: x.jsonl has no value of k with enough documents")]
     for args, part in cases:
         stderr = run("prepare_data.py", *args, "--split_by", "k", cwd=tmp_path, status=2)
-        assert f"error: {part}" in stderr and len(stderr.splitlines()) == 1
+        assert stderr.startswith(f"error: {part}") and len(stderr.splitlines()) == 1
 
 
 def test_two_corpora_whose_values_meet(tmp_path):
