@@ -478,8 +478,8 @@ def test_what_is_in_records_and_not_read_is_counted(tmp_path):
             turns.append({"role": "assistant", "content": f"{i}"})
             f.write(json.dumps({"messages": turns, "context": {"a": "x", "b": 1}}) + "\n")
     stdout = run("prepare_data.py", "x=chat.jsonl", cwd=tmp_path)
-    assert ("x: in records, 60 {a, b} left out; 60 image_url left out; 60 turns of 'Narrator' read, "
-            "not learned; 20 audio left out\n") in stdout
+    assert ("x: in records, 60 {a, b} left out; 60 image_url left out; "
+            "60 turns of 'Narrator' read, not learned; 20 audio left out\n") in stdout
     data = TokenSet(tmp_path / "data", "x", 64)
     text = marked(data.tokens("train"), data.mask("train"), prepare_data.bytes_tokenizer())
     texts = {re.sub(r"\d+", "0", example) for example in examples_in(text)}

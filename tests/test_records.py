@@ -307,7 +307,7 @@ def test_one_set_for_each_value(tmp_path):
         other = contents(tmp_path / "data" / f"d{i}")
         meta = json.loads(one.pop("meta.json"))
         expected = json.loads(other.pop("meta.json"))
-        assert one == other and len(one) == 3
+        assert one == other and len(one) >= 3
         assert meta["splits"] == expected["splits"]
         assert meta["documents"] == len(texts[domain]) and meta["name"] == name
         assert meta["origin"] == f"slim/*.jsonl (meta.set {domain})"
