@@ -783,9 +783,9 @@ assert data.windows("train", data.spread("train", 1000))[0].shape == (62, 16)
 # ---- the sets of a run ---------------------------------------------------------------------------
 
 def test_load_sets_opens_each_once_in_order(broken):
-    sets = load_sets(broken, ["b", "a"], ["a", "b"], 16, visible=0.25)
+    sets = load_sets(broken, ["b", "a"], ["a", "b"], 16)
     assert list(sets) == ["b", "a"]
-    assert all(s.visible == 0.25 and s.block_size == 16 for s in sets.values())
+    assert all(s.visible == 1 and s.block_size == 16 for s in sets.values())
     assert len(sets["a"].digest) == 6 and sets["a"].digest[0] == sets["b"].digest[0]
 
 
