@@ -3,6 +3,7 @@ learned tokens."""
 import base64
 import json
 import math
+import re
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import fastmix
 import prepare_data
 from conftest import TINY, example_set, log_rows, markov, refused, results, run, write_set
 from fastmix import batch_loss, evaluate, target_gradient
@@ -33,11 +35,39 @@ def in_parts(turns):
             for turn in turns]
 
 
-def with_a_tool(i):
-    return [{"role": "user", "content": f"?{i}"},
-            {"role": "assistant", "content": None, "tool_calls": [1]},
-            {"role": "tool", "content": "7"},
+def with_tools(i):
+    """OpenAI's form of a call, and its older one, of which one has a text before it."""
+    call = {"name": "add", "arguments": f'{{"a": {i}}}'}
+    return [{"role": "developer", "content": "be brief"},
+            {"role": "user", "content": f"?{i}"},
+            {"role": "assistant", "content": None,
+             "tool_calls": [{"id": "c1", "type": "function", "function": call}]},
+            {"role": "tool", "content": "7", "tool_calls": None},
+            {"role": "assistant", "content": "once more", "function_call": call},
+            {"role": "function", "name": "add", "content": 8},
             {"role": "assistant", "content": f"!{i}"}]
+
+
+def sharegpt_with_tools(i):
+    return [{"from": "human", "value": f"?{i}"},
+            {"from": "function_call", "value": f"add({i})"},
+            {"from": "observation", "value": "7"},
+            {"from": "gpt", "value": f"!{i}"}]
+
+
+def by_many_names(i):
+    turns = []
+    for name in ("gpt", "chatgpt", "bing", "bard", "bot", "model", "assistant", "GPT"):
+        turns += [{"from": "User", "value": f"{i}"}, {"from": name, "value": "ho"}]
+    return turns
+
+
+def partly_learned(i):
+    """Marks that say which of the assistant's turns are learned; null says nothing."""
+    marks = [{"weight": 0}, {"weight": 1}, {"train": False}, {"train": True}, {"weight": None},
+             {"weight": 0.0, "train": True}, {}]
+    turns = [{"role": "user", "content": f"?{i}"}]
+    return turns + [{"role": "assistant", "content": f"!{i}", **mark} for mark in marks]
 
 
 # case: (its schema, a line's record of example i, its text with the learned parts in brackets)
@@ -67,10 +97,59 @@ RECORDS = {
         "messages",
         lambda i: {"messages": in_parts(talk(i))},
         TALK),
-    "null": (
+    "tools": (
         "messages",
-        lambda i: {"messages": with_a_tool(i)},
-        "user: ?{i}\ntool: 7\nassistant: [!{i}]"),
+        lambda i: {"messages": with_tools(i)},
+        "developer: be brief\nuser: ?{i}\n"
+        'assistant: [{{"name": "add", "arguments": "{{\\"a\\": {i}}}"}}\n]tool: 7\n'
+        'assistant: [once more\n{{"name": "add", "arguments": "{{\\"a\\": {i}}}"}}\n]tool: 8\n'
+        "assistant: [!{i}]"),
+    "sharegpt's tools": (
+        "conversations",
+        lambda i: {"conversations": sharegpt_with_tools(i)},
+        "user: ?{i}\nassistant: [add({i})\n]tool: 7\nassistant: [!{i}]"),
+    "names": (
+        "conversations",
+        lambda i: {"conversations": by_many_names(i)},
+        7 * "user: {i}\nassistant: [ho\n]" + "user: {i}\nassistant: [ho]"),
+    "weights": (
+        "messages",
+        lambda i: {"messages": partly_learned(i)},
+        "user: ?{i}\nassistant: !{i}\nassistant: [!{i}\n]assistant: !{i}\nassistant: [!{i}\n]"
+        "assistant: [!{i}\n]assistant: !{i}\nassistant: [!{i}]"),
+    "numbers": (
+        "question/answer",
+        lambda i: {"question": i, "answer": i + 1},
+        "{i}\n[{i1}]"),
+    "dolly": (
+        "instruction/response",
+        lambda i: {"instruction": f"add {i}", "context": f"to {i}", "response": f"{i}", "x": "no"},
+        "to {i}\nadd {i}\n[{i}]"),
+    "orca": (
+        "question/response",
+        lambda i: {"system_prompt": "be brief\n", "question": f"?{i}", "response": f"!{i}"},
+        "be brief\n?{i}\n[!{i}]"),
+    "squad": (
+        "question/answer",
+        lambda i: {"context": ["a", f"b{i}"], "question": f"?{i}", "answer": f"!{i}"},
+        "a\nb{i}\n?{i}\n[!{i}]"),
+    "history": (
+        "instruction/output",
+        lambda i: {"instruction": f"?{i}", "input": "", "output": f"!{i}", "system": "be brief",
+                   "history": [["q1", "a1"], ["q2", "a2"]]},
+        "be brief\nq1\na1\nq2\na2\n?{i}\n[!{i}]"),
+    "history of turns": (
+        "prompt/response",
+        lambda i: {"prompt": f"?{i}", "response": f"!{i}", "system": None, "history": talk(i)},
+        "user: hi {i}\nassistant: ho\nuser: ☃\nassistant: {i}\n?{i}\n[!{i}]"),
+    "system beside a chat": (
+        "conversations",
+        lambda i: {"system": "be brief", "conversations": talk(i, "from", "value", "human", "gpt")},
+        "system: be brief\n" + TALK),
+    "system beside turns": (
+        "prompt/completion",
+        lambda i: {"system": "be brief", "prompt": talk(i)[:3], "completion": talk(i)[3:]},
+        "system: be brief\nuser: hi {i}\nassistant: ho\nuser: ☃\nassistant: [{i}]"),
     "sharegpt": (
         "conversations",
         lambda i: {"conversations": talk(i, "from", "value", "human", "gpt")},
@@ -143,7 +222,7 @@ def test_mask_of_every_token_through_packing(tmp_path, case):
         expected.add(text.format(i=i, i1=i + 1, input=more).removesuffix("]") + "|]")
 
     tokenizer = prepare_data.bytes_tokenizer()
-    block_size = 180
+    block_size = 600
     data = TokenSet(tmp_path / "data", "qa", block_size)
     assert data.n_examples == 300 and data.n_cut == data.n_left_out == 0
     found = set()
@@ -157,11 +236,12 @@ def test_mask_of_every_token_through_packing(tmp_path, case):
         # the windows a model sees show each example once and whole, and the same tokens are learned
         row_starts = data.splits[split].row_starts
         x, y = data.windows(split, row_starts)
-        assert len(x) < len(examples) / 2 and data.available(split) == len(x) * block_size
+        assert len(x) < len(examples) / 2 and data.available(split) == len(ids)
+        assert data.fill(split) == len(ids) / x.size
         assert np.array_equal(data.spread(split, 10**9), row_starts)
         assert shown_in(x, y, tokenizer) == examples
         assert data.splits[split].n_learned == (y != IGNORE).sum() == counts["learned"]
-        assert data.density(split) == (y != IGNORE).mean()
+        assert data.density(split) == (y != IGNORE).sum() / len(ids)
         assert data.tokens_per_byte(split) == counts["learned"] / counts["learned_bytes"]
         found |= set(examples)
     assert found == expected
@@ -307,15 +387,14 @@ def test_bad_masks(tmp_path, capsys):
 
 
 BAD_RECORDS = {  # name: (a line, parts of the message)
-    "type": ('{"prompt": "x", "response": 5}', "type.jsonl, line 120: 5 is not text"),
+    "type": ('{"prompt": "x", "response": {"y": 5}}', "type.jsonl, line 120: a chat must be"),
     "text": ('{"text": "plain"}', "text.jsonl, line 120: it is of the schema text",
              "prompt/response; prepare"),
     "chat": ('{"messages": [{"role": "assistant", "content": "x"}]}',
              "chat.jsonl, line 120: it is of the schema"),
     "seven": ('{"messages": 7}', "seven.jsonl, line 120: a chat must be a list of turns"),
     "turns": ('{"messages": "hello"}', "turns.jsonl, line 120: a chat must be a list of turns"),
-    "image": ('{"messages": [{"role": "user", "content": [{"type": "image"}]}]}',
-              "line 120: {'type': 'image'} is not text"),
+    "no content": ('{"messages": [{"role": "user", "text": "x"}]}', "line 120: a chat must be"),
     "keys": ('{"Input": "x", "Output": "y"}',
              "line 120: no known key in it, but Input, Output; known are text, ",
              "--prompt_key and --response_key"),
@@ -386,6 +465,25 @@ def test_records_without_a_text_are_left_out_and_counted(tmp_path, kind):
     stderr = run("prepare_data.py", "y=none.jsonl", cwd=tmp_path, status=2)
     assert "error: y: none.jsonl holds no text" in stderr and "Traceback" not in stderr
     assert sorted(path.name for path in (tmp_path / "data").iterdir()) == ["x"]
+
+
+def test_what_is_in_records_and_not_read_is_counted(tmp_path):
+    """Images are left out of their turns; turns under an unknown role are read."""
+    with open(tmp_path / "chat.jsonl", "w") as f:
+        for i in range(60):
+            parts = [{"type": "image_url", "image_url": {}}, {"type": "text", "text": "?"}]
+            turns = [{"role": "user", "content": parts}, {"role": "Narrator", "content": "so"}]
+            if i % 3 == 0:
+                turns.append({"role": "user", "content": {"type": "audio"}})
+            turns.append({"role": "assistant", "content": f"{i}"})
+            f.write(json.dumps({"messages": turns, "context": {"a": "x", "b": 1}}) + "\n")
+    stdout = run("prepare_data.py", "x=chat.jsonl", cwd=tmp_path)
+    assert ("x: in records, 60 {a, b} left out; 60 image_url left out; "
+            "60 turns of 'Narrator' read, not learned; 20 audio left out\n") in stdout
+    data = TokenSet(tmp_path / "data", "x", 64)
+    text = marked(data.tokens("train"), data.mask("train"), prepare_data.bytes_tokenizer())
+    texts = {re.sub(r"\d+", "0", example) for example in examples_in(text)}
+    assert texts == {"user: ?\nNarrator: so\nassistant: [0|]"}
 
 
 # ---- losses, gradients and runs over learned tokens: these need fastmix.py -----------------------
@@ -589,3 +687,99 @@ def test_init_from(planted):
         for (_, *parts), line in zip(cases, pool.map(start_with, cases)):
             assert all(part in line for part in parts), line
     assert not (planted / "new").exists()
+
+
+# ---- one unit: tokens, without the padding of packed rows ----------------------------------------
+
+UNITS = {"short": 0.4, "long": 0.4, "text": 0.2}
+
+
+@pytest.fixture(scope="module")
+def three_lengths(tmp_path_factory):
+    """data/ with short examples, long ones and text, prepared from records."""
+    folder = tmp_path_factory.mktemp("lengths")
+    words = np.array("red blue green tall short quick slow bright dark calm loud soft".split())
+    rng = np.random.default_rng(3)
+
+    def text(n):
+        return " ".join(rng.choice(words, n))[:n]
+    records = {
+        "short": [{"prompt": text(9), "response": text(10)} for _ in range(1500)],
+        "long": [{"prompt": text(40), "response": text(99)} for _ in range(500)],
+        "text": [{"text": text(300)} for _ in range(400)],
+    }
+    for name, rows in records.items():
+        lines = [json.dumps(row) + "\n" for row in rows]
+        (folder / f"{name}.jsonl").write_text("".join(lines))
+    run("prepare_data.py", *(f"{name}={name}.jsonl" for name in records), cwd=folder)
+    return folder
+
+
+def tokens_drawn(folder, block_size, monkeypatch):
+    """Shares of the tokens in the windows of a fixed run's batches, counted window by window."""
+    monkeypatch.chdir(folder)
+    counted = dict.fromkeys(UNITS, 0)
+    gather = fastmix.gather
+
+    def counting(sets, split, source, u):
+        for k, s in enumerate(sets):
+            start = s.at_fraction(split, u[source == k])
+            if s.masked:
+                ends = np.array(s.splits[split].row_ends)
+                rows = np.searchsorted(s.splits[split].row_starts, start)
+                counted[s.name] += int((ends[rows] - start).sum())
+            else:
+                counted[s.name] += len(start) * block_size
+        return gather(sets, split, source, u)
+    monkeypatch.setattr(fastmix, "gather", counting)
+    mixture = ",".join(f"{name}={share}" for name, share in UNITS.items())
+    fastmix.main([*TINY, "--sources", "short,long,text", "--mixture", mixture, "--out_dir",
+                  f"out-{block_size}", "--block_size", str(block_size), "--max_steps", "60",
+                  "--batch_size", "16"])
+    total = sum(counted.values())
+    return {name: n / total for name, n in counted.items()}, total
+
+
+@pytest.mark.parametrize("block_size", [200, 512])
+def test_a_run_and_its_exports_draw_the_shares(three_lengths, block_size, monkeypatch):
+    """Of tokens, whatever the windows hold: as mixture.json says, and as a trainer that packs."""
+    drawn, total = tokens_drawn(three_lengths, block_size, monkeypatch)
+    assert drawn == pytest.approx(UNITS, abs=0.02)
+    out = three_lengths / f"out-{block_size}"
+    result = mixture_of(out)
+    assert result["mixture"] == pytest.approx(UNITS)
+    assert result["tokens"] == pytest.approx(total, rel=0.01)
+    for name, source in result["sources"].items():
+        assert source["tokens_seen"] == pytest.approx(drawn[name] * total, rel=0.03)
+        meta = json.loads((three_lengths / "data" / name / "meta.json").read_text())
+        assert source["tokens_available"] == meta["splits"]["train"]["tokens"]  # all are whole
+
+    # a trainer that draws examples by the exported probabilities
+    printed = run("plot_mixture.py", out, "--export", "llamafactory", cwd=three_lengths)
+    names = re.search(r'dataset: "(.*)"', printed)[1].split(",")
+    p = [float(x) for x in re.search(r'interleave_probs: "(.*)"', printed)[1].split(",")]
+    rng = np.random.default_rng(0)
+    tokens = {}
+    for name, n in zip(names, rng.multinomial(100_000, p)):
+        lines = (three_lengths / f"{name}.jsonl").read_text().splitlines()
+        lengths = [sum(map(len, json.loads(line).values())) for line in lines]
+        separators = {"short": 2, "long": 2, "text": 1}[name]  # a line end, and <|endoftext|>
+        tokens[name] = (rng.choice(lengths, n) + separators).sum()
+    shares = {name: n / sum(tokens.values()) for name, n in tokens.items()}
+    assert shares == pytest.approx(UNITS, abs=0.01)
+
+
+def test_proportional_does_not_depend_on_the_windows(three_lengths):
+    found = []
+    for block_size in (200, 512):
+        out = f"proportional-{block_size}"
+        run("fastmix.py", *TINY, "--sources", "short,long,text", "--mixture", "proportional",
+            "--block_size", block_size, "--max_steps", 2, "--out_dir", out, cwd=three_lengths)
+        found.append(mixture_of(three_lengths / out)["mixture"])
+    tokens = {}
+    for name in UNITS:
+        meta = json.loads((three_lengths / "data" / name / "meta.json").read_text())
+        tokens[name] = meta["splits"]["train"]["tokens"]
+    expected = {name: n / sum(tokens.values()) for name, n in tokens.items()}
+    assert found[0] == pytest.approx(expected)
+    assert found[1] == pytest.approx(expected)
