@@ -1970,7 +1970,7 @@ def overlap(some, others):
     sorted hashes (n,) uint64, the SKETCH smallest ones of all lines (a bottom-k sketch).
     """
     for sketch in (some, others):
-        # A full sketch knows the hashes up to its largest one, any other sketch knows all there are.
+        # A full sketch knows the hashes up to its largest one, any other one knows all there are.
         if len(sketch) == SKETCH:
             some = some[some <= sketch[-1]]
     if len(some) == 0 or len(others) == 0:

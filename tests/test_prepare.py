@@ -885,13 +885,29 @@ def test_shared_text_is_printed_with_its_share(tmp_path, capsys):
     load_sets(tmp_path / "data", ["all"], ["all"], 16)
     assert capsys.readouterr().out == ""
 
+    # an earlier version kept text in meta.json, and no file: such a set is used without a check
+    path = tmp_path / "data" / "half" / "meta.json"
+    meta = json.loads(path.read_text())
+    for split in SPLITS:
+        meta["splits"][split]["sketch"] = "0123456789ab 123456789abc"
+    path.write_text(json.dumps(meta))
+    load_sets(tmp_path / "data", ["all"], ["half"], 16)
+    assert capsys.readouterr().out == ""
+    sketch = tmp_path / "data" / "wide" / "val.sketch.bin"
+    sketch.write_bytes(sketch.read_bytes()[:-1])
+    line = line_of(capsys, load_sets, tmp_path / "data", ["all"], ["wide"], 16)
+    assert "wide/val.sketch.bin: " in line and "--overwrite" in line
 
-def poems(n, seed=0, n_lines=8):
+
+def poems(n, seed=0):
     """n texts of 8 lines of 12 words."""
     rng = np.random.default_rng(seed)
     words = np.array("river stone cloud paper engine garden silver morning number letter".split())
-    return ["".join(" ".join(words[rng.integers(0, 10, 12)]) + "\n" for _ in range(n_lines))
-            for _ in range(n)]
+    texts = []
+    for _ in range(n):
+        lines = words[rng.integers(0, 10, (8, 12))]
+        texts.append("".join(" ".join(line) + "\n" for line in lines))
+    return texts
 
 
 def squeezed(text):
@@ -935,8 +951,10 @@ def test_text_in_another_dress_stays_in_its_split_or_is_found(tmp_path, monkeypa
 
 def hashes_in_a_loop(units, with_single_lines):
     """The reference of line_hashes(): what is hashed, in integers without end."""
-    def number(line, base=prepare_data.HASH_BASE):
-        total = sum(int(prepare_data.BYTE_CODES[byte]) * pow(base, i, 2**64) for i, byte in enumerate(line, 1))
+    def number(line):
+        total = 0
+        for i, byte in enumerate(line, 1):
+            total += int(prepare_data.BYTE_CODES[byte]) * pow(prepare_data.HASH_BASE, i, 2**64)
         return int(prepare_data.mixed(np.array([total % 2**64], np.uint64))[0])
 
     found = []
