@@ -68,7 +68,7 @@ FEW = 200
 SKETCH = 2**21
 LINE = 20  # characters that a line must have, without white space, to be one of them
 BYTE_ORDER_MARK = "\ufeff"
-BATCH = 2**17  # characters that a thread tokenizes at a time
+BATCH = 2**19  # characters that a thread tokenizes at a time
 
 SAMPLE_SOURCES = ("python", "cpp", "prose", "math", "legal", "noise")
 SAMPLE_TARGETS = ("numpy", "numpy_tasks")
@@ -844,11 +844,14 @@ class Progress:
         self.started = time.time()
         self.printed = self.started
 
-    def show(self, done):
+    def show(self, file, before=0):
+        """file is read, after `before` bytes of other files. Asking where it is comes last: a call
+        of the system for each unit would make the threads that tokenize wait for each other."""
         now = time.time()
         if now - self.printed < 2:
             return
         self.printed = now
+        done = before + file.tell()
         rate = max(1, done / (now - self.started))
         say(f"    {done / 1e6:,.0f} of {self.total / 1e6:,.0f} MB, {rate / 1e6:.1f} MB/s, "
             f"{(self.total - done) / rate:.0f} s left")
@@ -876,7 +879,7 @@ def own_units(name, files, args):
                         fail(f"{path}{where}: it is of the schema {unit.schema}, but what comes "
                              f"before it is of {schema}; prepare them as two sets")
                     yield unit
-                    progress.show(bytes_before + raw.tell())
+                    progress.show(raw, bytes_before)
         except BadFile as error:
             fail(error)
         except (OSError, *DAMAGED) as error:
@@ -1279,9 +1282,9 @@ def line_hashes(units, with_single_lines):
     the codes of its bytes as coefficients: what the sum over all bytes gains from the line's start
     to its end, divided by the power at which the line starts.
     """
-    text = b"\0" + b"\0".join(units) + b"\0"
-    text = text.replace(BYTE_ORDER_MARK.encode(), b"").replace(b". ", b".\n")
-    codes = np.frombuffer(text.translate(None, b" \t\r\v\f"), np.uint8)
+    codes = np.frombuffer(b"\0" + b"\0".join(units) + b"\0", np.uint8).copy()
+    codes[1:][(codes[:-1] == ord(".")) & (codes[1:] == ord(" "))] = ord("\n")
+    codes = codes[(codes > ord(" ")) | (codes == ord("\n")) | (codes == 0)]
     table_size = max(2 * BATCH, 1 << len(codes).bit_length())  # few sizes, so that tables are kept
     sums = BYTE_CODES[codes]
     sums *= powers(HASH_BASE, table_size)[:len(codes)]
@@ -1596,7 +1599,7 @@ def sorted_units(path):
     with open(path, "rb") as lines:
         for line in lines:
             yield Unit(*json.loads(line))
-            progress.show(lines.tell())
+            progress.show(lines)
 
 
 def write_set_by_value(name, units, tokenizer, taken, args, fractions, origin):
