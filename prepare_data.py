@@ -482,6 +482,24 @@ def value_at(record, key):
     return str(value)
 
 
+IN_THREAD = threading.local()
+
+
+def in_this_thread(tokenizer):
+    """
+    A copy of a tiktoken.Encoding for the thread that calls. The first thread that uses one is
+    served fastest, and where others use it as well all of them are several times slower.
+    """
+    import tiktoken
+    if getattr(IN_THREAD, "name", None) != tokenizer.name:
+        IN_THREAD.name = tokenizer.name
+        # tiktoken's README copies encodings by these fields
+        IN_THREAD.tokenizer = tiktoken.Encoding(
+            tokenizer.name, pat_str=tokenizer._pat_str, mergeable_ranks=tokenizer._mergeable_ranks,
+            special_tokens=tokenizer._special_tokens)
+    return IN_THREAD.tokenizer
+
+
 # ---- which files are read ------------------------------------------------------------------------
 # A path on the command line is a file, a folder or a glob. Its files hold JSON records, or a text
 # each. In a folder other files are left out and counted; a file that the user named is an error.
@@ -1170,7 +1188,8 @@ class Encoder:
         if self.tokenizer.name == "bytes":  # its ids are the bytes
             return np.frombuffer(raw, np.uint8)
         # Text that spells <|endoftext|> is text like any other: nothing is special, nor an error.
-        return self.tokenizer.encode_to_numpy(raw.decode(), disallowed_special=())
+        tokenizer = in_this_thread(self.tokenizer)
+        return tokenizer.encode_to_numpy(raw.decode(), disallowed_special=())
 
     def encode_batch(self, batch):
         """[(unit, its split, whether <|endoftext|> follows)] -> {split: Encoded}"""
@@ -1381,6 +1400,12 @@ def batches_of(placed):
         yield batch
 
 
+@functools.lru_cache(maxsize=1)
+def threads(workers):
+    """The same threads for all sets, since each has a tokenizer of its own."""
+    return concurrent.futures.ThreadPoolExecutor(workers)
+
+
 def write_splits(writers, encoder, placed, workers):
     """
     Tokenizes units in threads and writes them in order, so that the files do not depend on the
@@ -1394,15 +1419,14 @@ def write_splits(writers, encoder, placed, workers):
         for split, encoded in waiting.popleft().result().items():
             writers[split].write(encoded)
 
-    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-        for batch in batches_of(placed):
-            n_documents += sum(unit.starts_document for unit, _, _ in batch)
-            waiting.append(pool.submit(encoder.encode_batch, batch))
-            # a few more than are worked on, so that no thread waits for text
-            if len(waiting) > 2 * workers:
-                write_oldest()
-        while waiting:
+    for batch in batches_of(placed):
+        n_documents += sum(unit.starts_document for unit, _, _ in batch)
+        waiting.append(threads(workers).submit(encoder.encode_batch, batch))
+        # a few more than are worked on, so that no thread waits for text
+        if len(waiting) > 2 * workers:
             write_oldest()
+    while waiting:
+        write_oldest()
     return n_documents
 
 
