@@ -1048,8 +1048,8 @@ def mapped(path, dtype, since):
         # a plain array on the same memory: a np.memmap is slower to slice
         numbers = np.asarray(np.memmap(path, dtype=dtype, mode="r"))
     if written_at(path.parent) != since:  # asked last, so that nothing can change in between
-        fail(f"{path.parent}/ was overwritten while it was read; start again. To use two versions "
-             "of a set, prepare them under two names")
+        fail(f"{path.parent}/ was overwritten while it was read; prepare it as it was, or start "
+             "again with what is there now")
     return numbers
 
 
