@@ -16,8 +16,8 @@ that optimum moves: dw*/dalpha_k = -H^-1 g_k. The chain rule gives the rest.
     (1) weights    draw sources from q = (1 - eps) alpha + eps / K, and weight their losses by
                    r_k = alpha_k / q_k: the expected gradient is sum_k alpha_k g_k for every eps
                    -> draw(), source_weights(), batch_loss()
-    (2) alignment  A_k = <P g_val, g_k>, where P is about H^-1: then -A_k is about
-                   dL_val(w*) / dalpha_k, up to a scale and a constant common to all sources
+    (2) alignment  A_k = <P g_val, g_k>, where P is about H^-1 up to a scale: at w* -A_k is
+                   dL_val(w*) / dalpha_k, near it about that and a constant common to all sources
                    -> target_gradient(), inverse_curvature(), FusedWeightedCrossEntropy,
                    alignments()
     (3) mixture    dL_val / dz_k = -alpha_k (A_k - sum_j alpha_j A_j), by the softmax; the step is
@@ -63,8 +63,8 @@ from plot_mixture import draw_run, result_table
 from prepare_data import (IGNORE, SAMPLE_TARGETS, fail, gather, load_sets, prepare_sample,
                           sample_sources, save_atomically, say)
 
-DECAY = 0.9  # what an outer step keeps of the running means of the target's gradient
-DAMPING = 0.1  # of the curvature, in means of its diagonal
+DECAY = 0.9  # what an outer step keeps of the running means G and S, see inverse_curvature()
+DAMPING = 0.1  # added to each factor of the curvature, times the mean of its diagonal
 TEST_TOKENS = 2**18  # at most so many tokens of each test split are evaluated at the end
 # a run may be resumed with these changed; with anything else changed it would be another run
 MAY_CHANGE = ("resume", "out_dir", "data_dir", "device", "compile", "log_every", "eval_tokens")
@@ -87,11 +87,11 @@ def parse_args(argv=None, defaults={}):
     g = p.add_argument_group("mixture (the outer problem)").add_argument
     g("--mixture", help="train at this one, without a search: a mixture.json, uniform, "
                         "proportional (to tokens) or a=0.8,b=0.2")
-    g("--uniform_share", type=float, default=0.25, help="eps, of a search's draws (0.25)")
+    g("--uniform_share", type=float, default=0.25, help="of a search's draws, eps (0.25)")
     g("--outer_every", type=int, default=1, help="steps from one outer step to the next (1)")
-    g("--learning_rate_mixture", type=float, default=0.02, help="step on z, per rms (0.02)")
+    g("--learning_rate_mixture", type=float, default=0.02, help="step size on z (0.02)")
     g("--target_batch_size", type=int, default=2, help="target sequences per outer step (2)")
-    g("--train_tokens", type=float, help="tokens of the real run, whose repetition is imitated")
+    g("--train_tokens", type=float, help="of the real run: repeat text as it will")
     g("--max_epochs", type=float, help="most epochs of a source in --train_tokens (no limit)")
     g("--bounds", help="least and largest shares by name, such as web=0.1:0.5,code=:0.3")
     g = p.add_argument_group("model").add_argument
@@ -106,7 +106,7 @@ def parse_args(argv=None, defaults={}):
     g("--learning_rate", type=float, default=4e-3, help="peak; a cosine ends at a tenth (0.004)")
     g("--warmup_steps", type=int, default=50, help="steps of linear warm-up (50)")
     g("--weight_decay", type=float, default=0.1, help="of matrices and embeddings (0.1)")
-    g("--grad_clip", type=float, default=1.0, help="largest norm of the gradient, 0: none (1)")
+    g("--grad_clip", type=float, default=1.0, help="largest norm of the gradient, 0: no clip (1)")
     g = p.add_argument_group("machine and reports").add_argument
     g("--seed", type=int, default=1337, help="of initialisation and draws (1337)")
     g("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
@@ -176,6 +176,7 @@ def open_run(argv):
         stored = ckpt["args"]
         if stored.keys() != vars(args).keys():
             fail(f"{path} has other settings than this fastmix.py; start a new run elsewhere")
+        # stored flags become the defaults; those given again must agree with them
         args = parse_args(argv, {flag: stored[flag] for flag in stored if flag != "resume"})
         for flag, value in vars(args).items():
             if flag not in MAY_CHANGE and value != stored[flag]:
@@ -202,6 +203,7 @@ def open_run(argv):
 
 
 # ---- (1) draws, weights and the loss -----------------------------------------------------------
+# (the loss also forms the parts of the head's gradient that (2) needs, so it stands here)
 
 def draw(q, n, offset, order):
     """
@@ -221,9 +223,9 @@ def draw(q, n, offset, order):
 
 def draw_batch(sets, split, q, n, rng):
     """
-    n sequences of a split, drawn over the sets by q (K,), of which each process takes its part.
-    Returns tensors: the sequences' sources (B,), ascending, and their inputs and next-token
-    targets, each (B, T).
+    n sequences of a split, drawn over the sets by q (K,); each process takes its part of them.
+    Returns tensors: the sequences' sources (B,), ascending, and their inputs and labels (the next
+    tokens), each (B, T).
     """
     source = draw(np.asarray(q), n, rng.random(), rng.permutation(len(q)))
     u = rng.random(n)  # where in its source each sequence begins, as a fraction
@@ -235,7 +237,7 @@ def draw_batch(sets, split, q, n, rng):
 
 def source_weights(alpha, q, density):
     """
-    Formula (1): r (K,), the loss weight of each source when sequences are drawn by q (K,). Without
+    Formula (1): r (K,), the loss weight of each source when tokens are drawn by q (K,). Without
     masks that is alpha_k / q_k. With masks only a share density_k of source k's tokens is learned.
     At the mixture alpha a share M = sum_k alpha_k density_k of all tokens is, and source k has
     beta_k = alpha_k density_k / M of those. Training then minimises sum_k beta_k L_k, so that
@@ -307,7 +309,7 @@ class FusedWeightedCrossEntropy(torch.autograd.Function):
                 end = min(start + chunk, N)
                 h = hidden[start:end].to(dtype)  # (n, C)
                 learned = labels[start:end] != IGNORE
-                y = labels[start:end].clamp(min=0)[:, None]  # (n, 1); any id where none is learned
+                y = labels[start:end].clamp(min=0)[:, None]  # (n, 1); IGNORE, -1, is read as id 0
                 torch.mm(h, W.T, out=logits[: end - start])
                 log_p = torch.log_softmax(logits[: end - start], 1, dtype=wide)  # (n, V)
                 token_loss[start:end] = -log_p.gather(1, y).squeeze(1) * learned
@@ -335,6 +337,7 @@ class FusedWeightedCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_loss, *_):
+        # forward formed the gradients of the loss; here they meet what comes from above (1)
         grad_hidden, grad_head = ctx.saved_tensors
         grad_hidden = grad_hidden * grad_loss
         if grad_head is not None:
@@ -348,7 +351,8 @@ def fused_cross_entropy(hidden, head, labels, token_weight, PG=None, ends=None, 
     above. Without ends all tokens are taken as one source's, and parts is (1,).
     """
     if not torch.is_grad_enabled():
-        hidden = hidden.detach()  # tells the walk that no gradient is wanted
+        # the walk looks at requires_grad, which no_grad() leaves as it is
+        hidden = hidden.detach()
         head = head.detach()
     if ends is None:
         ends = [len(labels)]
@@ -358,9 +362,9 @@ def fused_cross_entropy(hidden, head, labels, token_weight, PG=None, ends=None, 
 def batch_loss(model, head, x, y, sequence_weight, n_tokens, PG=None, ends=None):
     """
     A micro-batch's part of a step's loss, sum_t weight_t loss_t / n_tokens. x and y are (B, T), the
-    weights of the sequences (B,), and n_tokens counts the whole step's tokens, learned or not. (To
-    divide by the sum of the weights instead would bias the expected gradient.) With r as weights
-    that gradient is sum_k beta_k g_k, without masks sum_k alpha_k g_k.
+    weights of the sequences (B,), and n_tokens is how many tokens, learned or not, a whole step has
+    on average. (To divide by the sum of the weights instead would bias the expected gradient.) If
+    the weights are r, that gradient is sum_k beta_k g_k; without masks it is sum_k alpha_k g_k.
     Returns (loss, token_loss (B, T), parts (K,)).
     """
     hidden = model(x).flatten(0, 1)  # (B T, C)
@@ -399,23 +403,25 @@ def inverse_curvature(G, S, v):
     The outputs' factor is E[(p - y) (p - y)^T], of which only the diagonal is kept, a number for
     each row of the head. It is read off v (V, C), AdamW's running mean of squared gradients: the
     mean of v over row i is about E[(p_i - y_i)^2] times the same constant for all rows. The inputs'
-    factor is S = E[h h^T], (C, C), of the target's hidden states, which are at hand. A tenth of its
-    mean is added to each factor (damping), so that directions that the data hardly shows do not
-    blow up.
+    factor is S = E[h h^T], (C, C), of the target's hidden states, which are at hand. The inverse of
+    the product multiplies G by the inverse of the first factor from the left and by that of the
+    second from the right. A tenth of the mean of its diagonal is added to each factor (damping), so
+    that directions that the data hardly shows do not blow up.
     """
-    rows = v.mean(1, keepdim=True)  # (V, 1)
-    rows = rows + DAMPING * rows.mean()
-    columns = S + DAMPING * S.diagonal().mean() * torch.eye(len(S), dtype=S.dtype, device=S.device)
-    inverse, _ = torch.linalg.inv_ex(columns)  # inv() would make a GPU wait for its check
-    return (G / rows) @ inverse
+    out_factor = v.mean(1, keepdim=True)  # (V, 1)
+    out_factor = out_factor + DAMPING * out_factor.mean()
+    identity = torch.eye(len(S), dtype=S.dtype, device=S.device)
+    in_factor = S + DAMPING * S.diagonal().mean() * identity  # (C, C)
+    inverse, _ = torch.linalg.inv_ex(in_factor)  # inv() would make a GPU wait for its check
+    return (G / out_factor) @ inverse
 
 
 def alignments(parts, r, learned, n_tokens):
     """
     Formula (2): A (K,), each source's alignment per learned token. parts_k = <PG, dW_k>, where dW_k
-    is r_k / n_tokens times the sum of (p_t - y_t) h_t^T over source k's learned tokens. Without
-    that weight, and divided by the number of these tokens, learned_k, the sum is a mean, g_k.
-    0, which says nothing, for a source that is not in the batch.
+    is r_k / n_tokens times the sum of (p_t - y_t) h_t^T over source k's learned tokens. To divide
+    it by r_k / n_tokens and by learned_k, the number of those tokens, leaves their mean, g_k. A
+    source that is not in the batch gets 0, which is no measurement.
     """
     return torch.where(learned > 0, parts * n_tokens / (r * learned), 0.0)
 
@@ -428,9 +434,9 @@ def mixture_step(z, A, present, density, rate):
 
     The gradient (3) over z has a factor alpha_k, with which a source near 0 could never come back.
     Mirror descent on the simplex leaves it out: z_k += rate (A_k - mean) / rms, where the mean and
-    the root mean square are weighted by alpha. The scale of A means nothing, hence the rms. Steps
-    do not shrink at the optimum, hence the average over the last half of a search. One step moves
-    a source by at most rate / sqrt(alpha_k), which is far for a rare one.
+    the root mean square (of A itself) are weighted by alpha. The scale of A means nothing, hence
+    the rms. At the optimum A_k - mean and the rms both fall to the level of the noise, and their
+    ratio does not shrink, hence the average over the last half of a search.
 
     With masks source k counts by its share of the learned tokens, beta_k = alpha_k density_k / M
     with M = sum_j alpha_j density_j, and beta takes the place of alpha in (3) and in the mean and
@@ -438,8 +444,11 @@ def mixture_step(z, A, present, density, rate):
 
         -dL_val / dalpha_k = (density_k / M) (A_k - sum_j beta_j A_j).
 
-    present (K,): all sums are over the sources in the batch. The others keep their logits and, to
-    first order, their shares.
+    present (K,), bool: has the source learned tokens in the batch? All sums are over those that
+    have. The others keep their logits and, to first order, their shares.
+
+    One step moves z_k by at most rate sqrt(density_k / (M alpha_k)), without masks
+    rate / sqrt(alpha_k), which is far for a rare source.
     """
     alpha = torch.softmax(z, 0)
     A = torch.where(present, A, 0.0)
@@ -506,8 +515,8 @@ def within_bounds(z, lower, upper):
 
 def read_mixture(text, names, available):
     """
-    What --mixture says -> shares (K,) of the sources `names`, of which available (K,) are the
-    tokens. Weights need not sum to 1; a source that is not named gets 0.
+    What --mixture says -> shares (K,) of the sources `names`. available (K,) is how many tokens
+    each of them has. Weights need not sum to 1; a source that is not named gets 0.
     """
     listed = text
     if text == "uniform":
@@ -606,7 +615,8 @@ def evaluate(model, head, sets, split, max_tokens, batch_size):
             x, y = s.windows(split, starts[i: i + batch_size])
             x = torch.from_numpy(x).to(head.device)
             y = torch.from_numpy(y).to(head.device)
-            loss, _, _ = batch_loss(model, head, x, y, torch.ones(len(x), device=head.device), 1)
+            ones = torch.ones(len(x), device=head.device)
+            loss, _, _ = batch_loss(model, head, x, y, ones, n_tokens=1)  # the sum over tokens
             total += loss.float()
             learned += (y != IGNORE).sum()
         add_up(total, learned)
@@ -642,6 +652,11 @@ def by_name(names, values):
             for name, value in zip(names, values.tolist())}
 
 
+def tokens_seen(state, fill, block_size):
+    """(K,) tokens drawn of each source so far, by the sequences drawn and what fills one."""
+    return (state.drawn * block_size * fill).round().long()
+
+
 def progress(row, steps_per_second):
     """A row of the log as a line on the screen; the largest shares have bars: python ▆ 0.71"""
     step = row["step"]
@@ -670,7 +685,7 @@ def bound_reached(share, lower, upper):
 
 # ---- the run -----------------------------------------------------------------------------------
 
-def open_sets(args, ckpt, visible):
+def open_sets(args, ckpt):
     """
     The prepared sets that --sources and --target name -> (sources, targets, the targets' weights,
     which sum to 1), lists of TokenSets and of floats. A checkpoint must be of the same vocabulary
@@ -683,13 +698,13 @@ def open_sets(args, ckpt, visible):
     weights = parse_weights("--target", args.target)
     if 0 in weights.values():
         fail(f"--target '{args.target}': leave out a target that weighs nothing")
-    sets = load_sets(args.data_dir, names, list(weights), args.block_size, visible)
+    sets = load_sets(args.data_dir, names, list(weights), args.block_size)
     first = sets[names[0]]
     if args.resume:
         if ckpt["digests"] != {name: s.digest for name, s in sets.items()}:
             fail(f"the data in {args.data_dir}/ is not what {args.out_dir}/ckpt.pt was trained on; "
-                 "name the folder of the right data with --data_dir, prepare it as it was, or start "
-                 "a new run in another --out_dir")
+                 "name the right folder with --data_dir, prepare the data as it was, or start a "
+                 "new run in another --out_dir")
     elif ckpt and (ckpt["tokenizer"], ckpt["config"]["vocab_size"]) != (first.tokenizer,
                                                                         first.vocab_size):
         fail(f"{args.init_from} was made with the tokenizer {ckpt['tokenizer']}, '{first.name}' "
@@ -716,19 +731,24 @@ def main(argv=None):
             args.target = SAMPLE_TARGETS[0]
     if args.target is None:
         args.target = args.sources
-    T = args.block_size
-    n_sequences = args.batch_size * args.grad_accum  # per step
-    tokens_per_step = n_sequences * T
-    planned_tokens = args.train_tokens or args.max_steps * tokens_per_step
-    # a run shorter than the planned one sees as much less text, and so repeats it as often
-    visible = min(1.0, args.max_steps * tokens_per_step / planned_tokens)
-    sources, targets, target_weights = open_sets(args, ckpt, visible)
+    sources, targets, target_weights = open_sets(args, ckpt)
     names = [s.name for s in sources]
     K = len(sources)
-    available = torch.tensor([s.available("train") for s in sources])  # (K,) tokens
-    # the shares of the tokens that are learned: 1 without masks
+    T = args.block_size
+    n_sequences = args.batch_size * args.grad_accum  # per step
+    available = torch.tensor([s.available("train") for s in sources])  # (K,) tokens, all there are
+    # Instruction data: the share of the tokens that is learned, and tokens per position of a
+    # sequence, for examples do not fill it. Both are 1 for text.
     density = torch.tensor([s.density("train") for s in sources], dtype=torch.float64)  # (K,)
-    target_density = torch.tensor([t.density("val") for t in targets], dtype=torch.float32)
+    fill = torch.tensor([s.fill("train") for s in sources], dtype=torch.float64)  # (K,)
+    if args.train_tokens:
+        # A run shorter than the real one is shown as much less text, and so repeats it as often.
+        # (How much this run reads is taken at equal shares.)
+        run_tokens = args.max_steps * n_sequences * T / (1 / fill).mean().item()
+        for s in sources:
+            s.visible = min(1.0, run_tokens / args.train_tokens)
+    target_learned = torch.tensor([t.density("val") * t.fill("val") for t in targets],
+                                  dtype=torch.float32)  # learned tokens per position
     lower, upper = search_bounds(args, names, available)
     if searching and n_sequences < 2:
         fail("a search compares the sources in a step: --batch_size times --grad_accum must be at "
@@ -744,9 +764,10 @@ def main(argv=None):
     net = GPT(config).to(device)
     model = torch.compile(net) if args.compile else net
     head = net.lm_head.weight  # (V, C)
-    optimizer = net.configure_optimizer(args.learning_rate, args.weight_decay, device != "mps")
+    optimizer = net.configure_optimizer(args.learning_rate, args.weight_decay,
+                                        fused=device != "mps")
 
-    # the loop's state: with the settings, all that a checkpoint holds
+    # the loop's state; a checkpoint holds it, the weights, the optimizer and the settings
     state = SimpleNamespace(
         step=0,  # optimizer steps done
         rows=0,  # reports in log.jsonl
@@ -758,7 +779,7 @@ def main(argv=None):
         before={},  # the targets' val losses before training
         run_sum=torch.zeros(K, dtype=torch.float64),  # of the mixture over all steps
         half_sum=torch.zeros(K, dtype=torch.float64),  # and over those of the last half
-        drawn=torch.zeros(K, dtype=torch.int64))  # tokens seen of each source
+        drawn=torch.zeros(K, dtype=torch.int64))  # sequences seen of each source
     if args.resume:
         restore(ckpt, out / "ckpt.pt", net, optimizer, state)
     elif searching:
@@ -769,11 +790,12 @@ def main(argv=None):
         restore(ckpt, args.init_from, net)
     settings = {"args": vars(args), "config": vars(config), "tokenizer": sources[0].tokenizer,
                 "digests": {s.name: s.digest for s in (*sources, *targets)}}
+    # a resumed run wrote the report of its first step before it was stopped
     resumed_at = state.step if args.resume else None
     if rank == 0 and args.resume:
         log = open_log(out / "log.jsonl", state.rows)
     n_params = sum(p.numel() for p in net.parameters())
-    say(f"{n_params:,} parameters, {tokens_per_step:,} tokens per step, {device}; sources "
+    say(f"{n_params:,} parameters, {n_sequences * T:,} tokens per step, {device}; sources "
         f"{args.sources}; target {args.target}; "
         + ("searching" if searching else f"mixture {args.mixture}"))
 
@@ -820,7 +842,8 @@ def main(argv=None):
                        "train_loss": train_loss if steps_taken else None,
                        "source_loss": by_name(names, loss_sum / learned_sum),
                        "target_val_loss": target_loss, "target_losses": target_losses,
-                       "tokens": step * tokens_per_step, "seconds": round(state.seconds, 3)}
+                       "tokens": tokens_seen(state, fill, T).sum().item(),
+                       "seconds": round(state.seconds, 3)}
                 if step == 0:  # not before: a run that fails earlier leaves its out_dir free
                     log = open_log(out / "log.jsonl", 0)
                 try:
@@ -844,9 +867,9 @@ def main(argv=None):
             # a generator per step and purpose: a resumed run draws what it would have drawn
             rng = np.random.default_rng((args.seed, step, 1))
             which, x, y = draw_batch(targets, "val", target_weights, args.target_batch_size, rng)
-            # Targets are drawn by their weights. Divided by its density, a target counts by that
-            # weight, even if few of its tokens are learned. (Sources count by learned tokens.)
-            weight = 1 / target_density[which]  # (B,)
+            # Targets are drawn by their weights. Divided by its learned tokens per position, a
+            # target counts by that weight, even if these are few. (Sources count by tokens.)
+            weight = 1 / target_learned[which]  # (B,)
             with autocast:
                 g_val, s_val = target_gradient(model, head, x.to(device), y.to(device),
                                                weight.to(device), args.target_batch_size * T)
@@ -860,11 +883,15 @@ def main(argv=None):
 
         # ---- inner step: train on sequences drawn by q, weighted by r
         eps = args.uniform_share if searching else 0.0
-        q = (1 - eps) * alpha + eps / K  # (K,)
+        q = (1 - eps) * alpha + eps / K  # (K,) shares of tokens
+        # shares of sequences: of a source that fills half of each it takes twice as many
+        q_sequences = q / fill
+        q_sequences = q_sequences / q_sequences.sum()
+        n_tokens = n_sequences * T * (q_sequences * fill).sum().item()  # per step, on average
         rng = np.random.default_rng((args.seed, step, 0))
-        source, x, y = draw_batch(sources, "train", q, n_sequences, rng)  # (B,), (B, T), (B, T)
+        source, x, y = draw_batch(sources, "train", q_sequences, n_sequences, rng)
         r = source_weights(alpha, q, density)  # (K,)
-        step_drawn = torch.bincount(source, minlength=K).to(device) * T  # (K,) tokens
+        step_drawn = torch.bincount(source, minlength=K).to(device)  # (K,) sequences
         weight = r.float()[source].to(device)  # (B,)
         x = x.to(device)
         y = y.to(device)
@@ -881,7 +908,7 @@ def main(argv=None):
                 ends = (torch.bincount(source[m], minlength=K).cumsum(0) * T).tolist()
             with autocast:
                 loss, token_loss, parts = batch_loss(model, head, x[m], y[m], weight[m],
-                                                     tokens_per_step, PG, ends)
+                                                     n_tokens, PG, ends)
             loss.backward()
             train_loss_sum += loss.detach()
             of_sequence = source[m].to(device)
@@ -901,7 +928,7 @@ def main(argv=None):
         if outer:
             learned = step_learned.double().cpu()
             present = learned > 0
-            A = alignments(step_parts.double().cpu(), r, learned, tokens_per_step)  # (K,)
+            A = alignments(step_parts.double().cpu(), r, learned, n_tokens)  # (K,)
             alignment_sum += A
             alignment_count += present
             mixture_step(state.z, A, present, density, args.learning_rate_mixture)
@@ -921,6 +948,8 @@ def main(argv=None):
     if rank > 0:
         return
     found = state.half_sum / state.half_sum.sum()  # (K,) the mixture to use
+    seen = tokens_seen(state, fill, T)  # (K,)
+    real_run = args.train_tokens or seen.sum().item()  # tokens
     averages = torch.tensor([s.averages() for s in sources], dtype=torch.float64)
     bytes_per_token, tokens_per_document = averages.T  # (K,)
     size = found * bytes_per_token
@@ -941,7 +970,7 @@ def main(argv=None):
         "tokenizer": sources[0].tokenizer,
         "seed": args.seed,
         "steps": step,
-        "tokens": step * tokens_per_step,
+        "tokens": seen.sum().item(),
         "seconds": round(state.seconds, 1),
         "torch": torch.__version__,
         "settings": vars(args)}
@@ -954,9 +983,9 @@ def main(argv=None):
             "test_bits_per_byte": bits_per_byte, "learned_only": t.masked}
     columns = {  # each (K,)
         "tokens_available": available,
-        "tokens_seen": state.drawn,
-        "epochs_seen": state.drawn.double() / available,  # in this run
-        "epochs": found * planned_tokens / available,  # in the real run, at the mixture found
+        "tokens_seen": seen,
+        "epochs_seen": seen.double() / available,  # of its whole text, in this run
+        "epochs": found * real_run / available,  # in the real run, at the mixture found
         "start": state.start,
         "lower": lower,
         "upper": upper,

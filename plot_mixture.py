@@ -269,8 +269,8 @@ def picture(path, height, text):
     `with picture(path, height, text) as fig:` gives a figure to draw on, then saves it as a PNG;
     text: all the names in it.
     """
-    # Here, not above: a table or an export does without it. A Figure that is saved as a PNG is drawn
-    # into memory, whatever the backend.
+    # Imported here, not above: a table or an export does without it. A Figure that is saved as a
+    # PNG is drawn into memory, whatever the backend.
     if "matplotlib" not in sys.modules:
         # MPLBACKEND may name a backend that is not here, and matplotlib would refuse to start
         backend = os.environ.pop("MPLBACKEND", None)

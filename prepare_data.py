@@ -1098,6 +1098,9 @@ class TextSplit:
     def available(self):
         return self.n_tokens
 
+    def fill(self):
+        return 1.0
+
     def at_fraction(self, u, visible):
         return places_at(u, self.n_tokens, self.block_size, visible)
 
@@ -1121,7 +1124,10 @@ class PackedSplit:
         self.block_size = block_size
 
     def available(self):
-        return len(self.row_starts) * self.block_size
+        return int((self.row_ends - self.row_starts).sum())
+
+    def fill(self):
+        return self.available() / (len(self.row_starts) * self.block_size)
 
     def at_fraction(self, u, visible):
         return self.row_starts[places_at(u, len(self.row_starts), 0, visible)]
@@ -1307,12 +1313,16 @@ class TokenSet:
         return np.concatenate([[0], ends[:-1]]), ends
 
     def available(self, split):
-        """Tokens that a split can show; of examples, the rows with what fills them."""
+        """Tokens that a split can show: not those of examples that are cut or left out."""
         return self.splits[split].available()
 
     def density(self, split):
-        """Learned tokens per token drawn from a split; 1 for text."""
+        """Learned tokens per token of a split; 1 for text."""
         return self.splits[split].n_learned / self.splits[split].available()
+
+    def fill(self, split):
+        """Tokens per position of a window; 1 for text, less for examples, which do not fill it."""
+        return self.splits[split].fill()
 
     def tokens_per_byte(self, split):
         """
@@ -1395,16 +1405,16 @@ def overlap(some, others):
     return len(compared & set(other_sketch)) / len(compared)
 
 
-def load_sets(data_dir, names, targets, block_size, visible=1.0):
+def load_sets(data_dir, names, targets, block_size):
     """
-    Opens the sources (names) and the targets of a run -> {name: TokenSet}, each once. visible is
-    the share of each train split that is shown. Fails unless all have one tokenizer. Prints how
-    many examples are cut by block_size, and which sources hold text of a target's val or test.
+    Opens the sources (names) and the targets of a run -> {name: TokenSet}, each once. Fails unless
+    all have one tokenizer. Prints how many examples are cut by block_size, and which sources hold
+    text of a target's val or test.
     """
     sets = {}
     for name in [*names, *targets]:
         if name not in sets:
-            sets[name] = TokenSet(data_dir, name, block_size, visible)
+            sets[name] = TokenSet(data_dir, name, block_size)
 
     # one of them is as good as another to compare the rest with
     first = sets[names[0]]

@@ -459,7 +459,7 @@ def test_another_run_is_deleted_as_the_message_says(folder):
 
 
 def test_resuming_from_another_folder(folder, tmp_path):
-    """data_dir is relative to the folder that the run was started in; the message names the flag."""
+    """data_dir is relative to where the run was started; the message names the flag."""
     line = refused("fastmix.py", "--resume", "--out_dir", folder / "done", cwd=tmp_path)
     assert "no set 'a' in data/ (there: none); name another folder with --data_dir" in line
     shutil.copytree(folder / "done", tmp_path / "moved")

@@ -3,6 +3,7 @@ learned tokens."""
 import base64
 import json
 import math
+import re
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import fastmix
 import prepare_data
 from conftest import TINY, example_set, log_rows, markov, refused, results, run, write_set
 from fastmix import batch_loss, evaluate, target_gradient
@@ -157,11 +159,12 @@ def test_mask_of_every_token_through_packing(tmp_path, case):
         # the windows a model sees show each example once and whole, and the same tokens are learned
         row_starts = data.splits[split].row_starts
         x, y = data.windows(split, row_starts)
-        assert len(x) < len(examples) / 2 and data.available(split) == len(x) * block_size
+        assert len(x) < len(examples) / 2 and data.available(split) == len(ids)
+        assert data.fill(split) == len(ids) / x.size
         assert np.array_equal(data.spread(split, 10**9), row_starts)
         assert shown_in(x, y, tokenizer) == examples
         assert data.splits[split].n_learned == (y != IGNORE).sum() == counts["learned"]
-        assert data.density(split) == (y != IGNORE).mean()
+        assert data.density(split) == (y != IGNORE).sum() / len(ids)
         assert data.tokens_per_byte(split) == counts["learned"] / counts["learned_bytes"]
         found |= set(examples)
     assert found == expected
@@ -589,3 +592,99 @@ def test_init_from(planted):
         for (_, *parts), line in zip(cases, pool.map(start_with, cases)):
             assert all(part in line for part in parts), line
     assert not (planted / "new").exists()
+
+
+# ---- one unit: tokens, without the padding of packed rows ----------------------------------------
+
+UNITS = {"short": 0.4, "long": 0.4, "text": 0.2}
+
+
+@pytest.fixture(scope="module")
+def three_lengths(tmp_path_factory):
+    """data/ with short examples, long ones and text, prepared from records."""
+    folder = tmp_path_factory.mktemp("lengths")
+    words = np.array("red blue green tall short quick slow bright dark calm loud soft".split())
+    rng = np.random.default_rng(3)
+
+    def text(n):
+        return " ".join(rng.choice(words, n))[:n]
+    records = {
+        "short": [{"prompt": text(9), "response": text(10)} for _ in range(1500)],
+        "long": [{"prompt": text(40), "response": text(99)} for _ in range(500)],
+        "text": [{"text": text(300)} for _ in range(400)],
+    }
+    for name, rows in records.items():
+        lines = [json.dumps(row) + "\n" for row in rows]
+        (folder / f"{name}.jsonl").write_text("".join(lines))
+    run("prepare_data.py", *(f"{name}={name}.jsonl" for name in records), cwd=folder)
+    return folder
+
+
+def tokens_drawn(folder, block_size, monkeypatch):
+    """Shares of the tokens in the windows of a fixed run's batches, counted window by window."""
+    monkeypatch.chdir(folder)
+    counted = dict.fromkeys(UNITS, 0)
+    gather = fastmix.gather
+
+    def counting(sets, split, source, u):
+        for k, s in enumerate(sets):
+            start = s.at_fraction(split, u[source == k])
+            if s.masked:
+                ends = np.array(s.splits[split].row_ends)
+                rows = np.searchsorted(s.splits[split].row_starts, start)
+                counted[s.name] += int((ends[rows] - start).sum())
+            else:
+                counted[s.name] += len(start) * block_size
+        return gather(sets, split, source, u)
+    monkeypatch.setattr(fastmix, "gather", counting)
+    mixture = ",".join(f"{name}={share}" for name, share in UNITS.items())
+    fastmix.main([*TINY, "--sources", "short,long,text", "--mixture", mixture, "--out_dir",
+                  f"out-{block_size}", "--block_size", str(block_size), "--max_steps", "60",
+                  "--batch_size", "16"])
+    total = sum(counted.values())
+    return {name: n / total for name, n in counted.items()}, total
+
+
+@pytest.mark.parametrize("block_size", [200, 512])
+def test_a_run_and_its_exports_draw_the_shares(three_lengths, block_size, monkeypatch):
+    """Of tokens, whatever the windows hold: as mixture.json says, and as a trainer that packs."""
+    drawn, total = tokens_drawn(three_lengths, block_size, monkeypatch)
+    assert drawn == pytest.approx(UNITS, abs=0.02)
+    out = three_lengths / f"out-{block_size}"
+    result = mixture_of(out)
+    assert result["mixture"] == pytest.approx(UNITS)
+    assert result["tokens"] == pytest.approx(total, rel=0.01)
+    for name, source in result["sources"].items():
+        assert source["tokens_seen"] == pytest.approx(drawn[name] * total, rel=0.03)
+        meta = json.loads((three_lengths / "data" / name / "meta.json").read_text())
+        assert source["tokens_available"] == meta["splits"]["train"]["tokens"]  # all are whole
+
+    # a trainer that draws examples by the exported probabilities
+    printed = run("plot_mixture.py", out, "--export", "llamafactory", cwd=three_lengths)
+    names = re.search(r'dataset: "(.*)"', printed)[1].split(",")
+    p = [float(x) for x in re.search(r'interleave_probs: "(.*)"', printed)[1].split(",")]
+    rng = np.random.default_rng(0)
+    tokens = {}
+    for name, n in zip(names, rng.multinomial(100_000, p)):
+        lines = (three_lengths / f"{name}.jsonl").read_text().splitlines()
+        lengths = [sum(map(len, json.loads(line).values())) for line in lines]
+        separators = {"short": 2, "long": 2, "text": 1}[name]  # a line end, and <|endoftext|>
+        tokens[name] = (rng.choice(lengths, n) + separators).sum()
+    shares = {name: n / sum(tokens.values()) for name, n in tokens.items()}
+    assert shares == pytest.approx(UNITS, abs=0.01)
+
+
+def test_proportional_does_not_depend_on_the_windows(three_lengths):
+    found = []
+    for block_size in (200, 512):
+        out = f"proportional-{block_size}"
+        run("fastmix.py", *TINY, "--sources", "short,long,text", "--mixture", "proportional",
+            "--block_size", block_size, "--max_steps", 2, "--out_dir", out, cwd=three_lengths)
+        found.append(mixture_of(three_lengths / out)["mixture"])
+    tokens = {}
+    for name in UNITS:
+        meta = json.loads((three_lengths / "data" / name / "meta.json").read_text())
+        tokens[name] = meta["splits"]["train"]["tokens"]
+    expected = {name: n / sum(tokens.values()) for name, n in tokens.items()}
+    assert found[0] == pytest.approx(expected)
+    assert found[1] == pytest.approx(expected)

@@ -180,13 +180,17 @@ def test_the_results_numbers_by_another_way(counted):
     found = dict(zip(sources, alphas[25:50].mean(0)))
     assert result["mixture"] == pytest.approx(found, rel=1e-6)
 
-    # an example takes the place of a window, so the tokens of a set of examples are its windows'
+    # 50 steps of 8 sequences of 16 positions, which the examples of `tasks` do not fill
     data = fastmix.load_sets(counted / "data", list(sources), [], 16)
-    assert sum(source["tokens_seen"] for source in sources.values()) == 50 * 8 * 16
+    n_rows = len(data["tasks"].splits["train"].row_starts)
+    fill = {"a": 1, "b": 1, "tasks": data["tasks"].available("train") / n_rows / 16}
+    assert 0.4 < fill["tasks"] < 0.99
+    sequences = {name: source["tokens_seen"] / 16 / fill[name] for name, source in sources.items()}
+    assert sum(sequences.values()) == pytest.approx(50 * 8, rel=1e-3)
+    assert result["tokens"] == sum(source["tokens_seen"] for source in sources.values())
     for name, source in sources.items():
         available = data[name].available("train")
         assert source["tokens_available"] == available
-        assert source["tokens_seen"] % 16 == 0
         assert source["epochs_seen"] == source["tokens_seen"] / available
         assert source["epochs"] == pytest.approx(found[name] * 20_000 / available)
         assert source["start"] == rows[0]["alpha"][name]
@@ -729,7 +733,7 @@ def test_a_second_start_beside_a_running_one(synthetic):
     assert "used/ holds another run" in refused("fastmix.py", *flags, cwd=synthetic)
 
 
-# ---- a run that ends before its first checkpoint ---------------------------------------------------
+# ---- a run that ends before its first checkpoint -------------------------------------------------
 
 def is_free(folder, out):
     """Nothing of a run is in out_dir, and a new one trains there."""

@@ -113,7 +113,8 @@ def target_moments(net, targets, args, step):
     G = 0
     S = 0
     for i in range(n):
-        average = targets[target[i]].density("val") * args.block_size
+        chosen = targets[target[i]]
+        average = chosen.density("val") * chosen.fill("val") * args.block_size
         learned = y[i] != IGNORE
         (g,) = torch.autograd.grad(mean_loss(net, x[[i]], y[[i]]), net.lm_head.weight)
         G = G + g * learned.sum() / average / n
@@ -137,6 +138,7 @@ def reference_search(folder, args):
     targets = [TokenSet(folder, name, args.block_size) for name in args.targets]
     K = len(sources)
     density = torch.tensor([s.density("train") for s in sources], dtype=torch.float64)
+    fill = torch.tensor([s.fill("train") for s in sources], dtype=torch.float64)
     torch.manual_seed(args.seed)
     net = GPT(GPTConfig(sources[0].vocab_size, args.block_size, args.n_layer, args.n_head,
                         args.n_embd))
@@ -161,10 +163,13 @@ def reference_search(folder, args):
                 rows = torch.ones(len(head))  # AdamW has no v yet
             PG = torch.linalg.inv(damped(torch.diag(rows))) @ G @ torch.linalg.inv(damped(S))
 
-        # inner step: sequences drawn by q, and each source's tokens weighted by r
+        # inner step: tokens drawn by q, and each source's tokens weighted by r
         q = 0.75 * alpha + 0.25 / K
+        by_sequence = q / fill / (q / fill).sum()
+        n = args.batch_size * args.grad_accum
+        n_tokens = n * args.block_size / (q / fill).sum()
         rng = np.random.default_rng((args.seed, step, 0))
-        source, x, y = draw_batch(sources, "train", q, args.batch_size * args.grad_accum, rng)
+        source, x, y = draw_batch(sources, "train", by_sequence, n, rng)
         r = alpha / q / (alpha * density).sum()
         A = torch.full((K,), torch.nan, dtype=torch.float64)
         losses = torch.full((K,), torch.nan, dtype=torch.float64)
@@ -176,7 +181,7 @@ def reference_search(folder, args):
                 (g,) = torch.autograd.grad(loss, head, retain_graph=True)
                 A[k] = (PG * g).sum().item()
             learned = (y[source == k] != IGNORE).sum()
-            total = total + r[k] * loss * learned / y.numel()
+            total = total + r[k] * loss * learned / n_tokens
         total.backward()
         torch.nn.utils.clip_grad_norm_(net.parameters(), args.grad_clip)
         v = 0.95 * v + 0.05 * head.grad**2
