@@ -7,11 +7,16 @@ Turns text into token files: data/NAME/{train,val,test}.bin and meta.json for ea
     python prepare_data.py books=books.txt --tokenizer gpt2
     python prepare_data.py chat=chat.json qa=qa.jsonl        instructions: the model reads the
                                                              prompts and learns the responses
+    python prepare_data.py --split_by meta.source c='c/*.jsonl'
+                                                             one set for each source that its
+                                                             records name: c_web, c_books, ...
 
-Files that end in .jsonl, .ndjson or .json (also with .gz) hold records: each is one document, or
-one example with a prompt and a response (read_record() lists the keys). Any other file is one
-document of UTF-8 text. Text is streamed, so that memory stays flat however long it is; only a
-JSON array is read as a whole.
+Files that end in .jsonl, .ndjson or .json hold records: each is one document, or one example with
+a prompt and a response (read_record() lists the keys). So do .parquet files, where pyarrow is
+installed. Any other file is one document of UTF-8 text. Records and .txt may be packed as .gz or,
+where zstandard is installed (Python 3.14 needs nothing), as .zst. Of a folder, what cannot be read
+is left out and named. Text is streamed, so that memory stays flat however long it is; only a JSON
+array is read as a whole.
 
 Documents, not tokens, are divided over train, val and test, by a hash of their content: a document
 goes to the same split in whatever set it is. One of over 32,768 characters is divided by the page.
@@ -28,6 +33,7 @@ if __name__ == "__main__":
 
 import argparse
 import base64
+import collections
 import concurrent.futures
 import contextlib
 import functools
@@ -72,18 +78,33 @@ SAMPLE = (*SAMPLE_SOURCES, "numpy", "describe", "implement", "declare", "numpy_t
 SAMPLE_CHARS = 4_000_000  # of a set of the sample, at most
 EXAMPLE_CHARS = 250  # of one of its examples, at most
 
-# The keys of a record that holds an example; see read_record().
+# The keys of a record that holds an example, and those read before its prompt; see read_record().
 CHATS = ("messages", "conversations")
 PAIRS = (("prompt", "response"), ("prompt", "completion"), ("question", "answer"),
-         ("instruction", "output"))
+         ("question", "response"), ("instruction", "output"), ("instruction", "response"))
+BEFORE = ("system", "system_prompt", "history", "context")
 
-# Endings of files that are not read, and what to do about it.
+# Whose turn it is in a chat: {a name that data sets use: ours}. The assistant's turns are learned.
+ROLES = {
+    "system": "system", "developer": "developer", "user": "user", "human": "user",
+    "assistant": "assistant", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant",
+    "bard": "assistant", "bot": "assistant", "model": "assistant", "function_call": "assistant",
+    "tool": "tool", "function": "tool", "function_response": "tool", "observation": "tool",
+}
+
+# One of these is in each turn, beside whose it is.
+TURN_KEYS = frozenset(("content", "value", "tool_calls", "function_call"))
+
+MOST_VALUES = 64  # of --split_by
+
+# Endings of files that are not read, and what to do about it: {0} is the file as a shell's word,
+# {1} as a string in Python, {2} the same with .jsonl.
 NOT_READ = {
-    ".parquet": "convert it in Python: import pandas; "
-                "pandas.read_parquet('{0}').to_json('{0}.jsonl', orient='records', lines=1)",
-    ".arrow": "convert it in Python: import datasets; "
-              "datasets.Dataset.from_file('{0}').to_json('{0}.jsonl')",
-    ".zst": "convert it: zstd -d {0}",
+    ".parquet": "pip install pyarrow, or convert it in Python: import pandas; "
+                "pandas.read_parquet({1}).to_json({2}, orient='records', lines=1)",
+    ".arrow": "convert it in Python: import datasets; datasets.Dataset.from_file({1}).to_json({2})",
+    ".zst": "convert it: zstd -d {0}, or pip install zstandard if it is a .jsonl.zst, .json.zst or "
+            ".txt.zst",
     ".gz": "convert it: gunzip {0}",
     ".xz": "convert it: unxz {0}",
     ".bz2": "convert it: bunzip2 {0}",
@@ -200,6 +221,8 @@ def get_tokenizer(name):
     if name == "bytes":
         return bytes_tokenizer()
     if name.endswith(".tiktoken"):
+        if os.path.exists(name) and not os.path.isfile(name):  # reading a pipe might never end
+            fail(f"--tokenizer {name} is not a file")
         return file_tokenizer(name)
     try:
         return tiktoken_encoding(name)
@@ -211,13 +234,352 @@ def get_tokenizer(name):
          "network, or set TIKTOKEN_CACHE_DIR to a folder that holds its files")
 
 
+# ---- records -------------------------------------------------------------------------------------
+# A record becomes parts, [(text, learned?), ...]: what a model reads, and which of it counts in the
+# loss. For example
+#
+#     {"prompt": "2 + 2 =", "response": 4}       ->  [("2 + 2 =\n", False), ("4", True)]
+#     {"text": "Once upon a time"}               ->  [("Once upon a time", True)]
+#
+# The schema, here prompt/response and text, says which keys it was read by. All records of a set
+# must have the same one, so that a broken record is found and not trained on as something else.
+#
+# `notes` is a Counter of short descriptions: what is in a record but not in its parts, as an image.
+# own_units() prints it when a set has been read.
+
+def text_of(content, notes):
+    """The text of a record's value: a text, a number, null, or a list of parts that hold a text
+    each. Anything else is left out and noted."""
+    if content is None:
+        return ""
+    if isinstance(content, str):
+        return content
+    if isinstance(content, (int, float)):  # true and false as well
+        return json.dumps(content)
+    if isinstance(content, list):
+        return "".join(text_of(part, notes) for part in content)
+    kind = type(content).__name__  # Parquet has dates and bytes
+    if isinstance(content, dict):
+        if content.get("text") is not None:
+            return text_of(content["text"], notes)
+        keys = ", ".join(list(content)[:4])
+        kind = str(content.get("type", f"{{{keys}}}"))
+    notes[f"{kind[:40]} left out"] += 1
+    return ""
+
+
+def in_lines(texts):
+    """Texts in a row: each begins on a line of its own, unless the one before ends in space."""
+    joined = ""
+    for text in texts:
+        if joined and text and not joined[-1].isspace():
+            joined += "\n"
+        joined += text
+    return joined
+
+
+def pair_parts(prompt, response):
+    """A prompt and its response -> parts. The response is on a line of its own, unless the prompt
+    ends in white space."""
+    if prompt and not prompt[-1].isspace():
+        prompt += "\n"
+    return [(prompt, False), (response, True)]
+
+
+def first_value(turn, *keys):
+    """The value of the first of these keys that has one. (Parquet has null where a key is not.)"""
+    for key in keys:
+        if turn.get(key) is not None:
+            return turn[key]
+    return None
+
+
+def calls_of(turn):
+    """The calls of tools in a turn, as JSON: a list of texts."""
+    calls = first_value(turn, "tool_calls", "function_call")
+    if calls is None:
+        return []
+    if not isinstance(calls, list):  # a single one, in the older form
+        calls = [calls]
+    texts = []
+    for call in calls:
+        # the function's name and its arguments; around it are only a number and a type
+        if isinstance(call, dict) and isinstance(call.get("function"), dict):
+            call = call["function"]
+        if not isinstance(call, str):
+            call = json.dumps(call, ensure_ascii=False, default=str)
+        texts.append(call)
+    return texts
+
+
+def chat_parts(turns, notes, learn=True):
+    """
+    A list of turns {role, content} or {from, value} -> parts: "role: ", then the text and a line
+    end. The assistant's text is learned, unless learn is False or the turn says so.
+    """
+    if not turns:  # null
+        turns = []
+    if not isinstance(turns, list):  # a single one
+        turns = [turns]
+    parts = []
+    for turn in turns:
+        role = None
+        if isinstance(turn, dict) and not TURN_KEYS.isdisjoint(turn):
+            role = first_value(turn, "role", "from")
+        if role is None:
+            raise ValueError("a chat must be a list of turns, each with role and content, or from "
+                             "and value")
+        known_role = ROLES.get(str(role).lower())
+        if known_role:
+            role = known_role
+        else:
+            notes[f"turns of {str(role)[:40]!r} read, not learned"] += 1
+        # a turn that calls a tool may have no text besides
+        text = in_lines([text_of(first_value(turn, "content", "value"), notes), *calls_of(turn)])
+        # "weight": 0 and "train": false mark a turn that is only read (and False == 0)
+        only_read = 0 in (turn.get("weight"), turn.get("train"))
+        if text.strip():
+            parts.append((f"{role}: ", False))
+            parts.append((text + "\n", learn and role == "assistant" and not only_read))
+    return parts
+
+
+def is_chat(value):
+    """Is a record's value a list of turns?"""
+    return isinstance(value, list) and any(
+        isinstance(turn, dict) and ("role" in turn or "from" in turn) for turn in value)
+
+
+def background(value, notes):
+    """The text of `system`, `history` and the like: a text, turns, or lists of texts, as the pairs
+    [question, answer] of a history are."""
+    if is_chat(value):
+        return "".join(text for text, _ in chat_parts(value, notes))
+    if isinstance(value, list):
+        return in_lines([background(item, notes) for item in value])
+    return text_of(value, notes)
+
+
+def text_before(record, notes, used=()):
+    """The text of all BEFORE keys of a record, but for those used otherwise."""
+    keys = [key for key in BEFORE if key in record and key not in used]
+    return in_lines([background(record[key], notes) for key in keys])
+
+
+def whole_chat(before, turns, notes, learn=True):
+    """The parts of a chat, with the text before it as a turn of the system."""
+    system = [{"role": "system", "content": before}]
+    return chat_parts(system, notes) + chat_parts(turns, notes, learn)
+
+
+def read_pair(record, prompt_key, response_key, notes):
+    """A record with these two keys -> parts. Each is a text, or a list of turns."""
+    before = text_before(record, notes, used=(prompt_key, response_key))
+    prompt = record[prompt_key]
+    response = record[response_key]
+    if not isinstance(response, (list, dict)):
+        # two texts
+        texts = [before, text_of(prompt, notes)]
+        if prompt_key == "instruction":
+            texts.append(text_of(record.get("input"), notes))
+        return pair_parts(in_lines(texts), text_of(response, notes))
+    answer = chat_parts(response, notes)
+    if isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}]
+        # Some data sets repeat the prompt as the first turn of the response. Then it is left out.
+        if answer[:1] != [("assistant: ", False)]:
+            prompt = []
+    return whole_chat(before, prompt, notes, learn=False) + answer
+
+
+def missing_key(record, wanted):
+    """The error of a record that lacks a key."""
+    known = ["text", *CHATS, *("/".join(pair) for pair in PAIRS)]
+    return ValueError(f"no {wanted} in it, but {', '.join(list(record)[:8])}; known are "
+                      f"{', '.join(known)}; name others with --text_key, or with --prompt_key and "
+                      "--response_key")
+
+
+def read_by_given_keys(record, args, notes):
+    """read_record() with --text_key, or with --prompt_key and --response_key."""
+    keys = [args.text_key] if args.text_key else [args.prompt_key, args.response_key]
+    for key in keys:
+        if key not in record:
+            raise missing_key(record, key)
+    if args.text_key:
+        return "text", [(text_of(record[args.text_key], notes), True)]
+    return "/".join(keys), read_pair(record, *keys, notes)
+
+
+def read_by_known_keys(record, notes):
+    """read_record() without such flags."""
+    for key in CHATS:
+        if key in record:
+            return key, whole_chat(text_before(record, notes), record[key], notes)
+    for prompt_key, response_key in PAIRS:
+        if prompt_key in record and response_key in record:
+            schema = f"{prompt_key}/{response_key}"
+            return schema, read_pair(record, prompt_key, response_key, notes)
+    if "text" in record:
+        return "text", [(text_of(record["text"], notes), True)]
+    if "chosen" in record:
+        raise ValueError("chosen and rejected answers are preferences, which are not trained on; "
+                         "to learn the chosen ones, add --prompt_key prompt --response_key chosen")
+    raise missing_key(record, "known key")
+
+
+def read_record(record, args, notes):
+    """
+    A JSON object -> (schema, parts). Parts are [(text, learned?), ...], in the order in which a
+    model sees them. Without --text_key or --prompt_key the first row that fits is taken:
+
+        keys                                schema              learned
+        messages: a chat                    messages            the assistant's turns
+        conversations: a chat               conversations       the same
+        prompt and response or completion   prompt/response ... the response, the completion
+        question and answer or response     question/answer ... the answer, the response
+        instruction and output or response  instruction/output  the output, the response
+        text                                text                all of it
+
+    The two of a pair are texts, or lists of turns as a chat is. What else is read, in this order:
+
+        system, system_prompt, history, context     before a prompt; in a chat, as a system turn
+        input                                       after an instruction
+
+    ROLES lists the other names that the assistant has. Of its turns, those with "weight": 0 or
+    "train": false are only read. Its tool_calls are learned, as JSON after the turn's text; a
+    tool's answer is read. Numbers are read as text. Other keys are not read.
+
+    notes, a Counter, counts what is left out since it has no text, and the turns whose role is not
+    in ROLES, which are read.
+
+    Raises ValueError, with a message for the user.
+    """
+    if not isinstance(record, dict):
+        raise ValueError(f"a JSON object is needed, not a {type(record).__name__}")
+    if args.text_key or args.prompt_key:
+        schema, parts = read_by_given_keys(record, args, notes)
+    else:
+        schema, parts = read_by_known_keys(record, notes)
+    if parts and schema != "text":
+        # <|endoftext|> will end the example; a line end before it is one token too many
+        text, learned = parts[-1]
+        parts[-1] = (text.removesuffix("\n"), learned)
+    return schema, parts
+
+
+def value_at(record, key):
+    """The value of a key of a record as text, None if it has none. `a.b` is b within a."""
+    value = record
+    if key in record:  # as it stands, though it may have a dot
+        value = record[key]
+    else:
+        for step in key.split("."):
+            if not isinstance(value, dict):
+                return None
+            value = value.get(step)
+    if isinstance(value, (dict, list)):
+        raise ValueError(f"--split_by {key} needs a text or a number, not {str(value)[:60]}")
+    if value is None or value == "":
+        return None
+    return str(value)
+
+
 # ---- which files are read ------------------------------------------------------------------------
 # A path on the command line is a file, a folder or a glob. Its files hold JSON records, or a text
 # each. In a folder other files are left out and counted; a file that the user named is an error.
 
+class BadFile(ValueError):
+    """What is wrong with a file that should be read, in one line for the user."""
+
+
+# what a damaged .gz or .zst raises
+DAMAGED = (EOFError, zlib.error, gzip.BadGzipFile)
+
+
+@functools.cache
+def zstd_decompressors():
+    """What makes a decompressor of one frame of a .zst file; None if nothing that can is there."""
+    try:
+        from compression import zstd  # comes with Python 3.14
+    except ImportError:
+        pass
+    else:
+        # some public archives need a window of 2 GB
+        options = {zstd.DecompressionParameter.window_log_max: 31}
+        return lambda: zstd.ZstdDecompressor(options=options)
+    try:
+        import zstandard
+    except ImportError:
+        return None
+    return lambda: zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj()
+
+
+def packing(path):
+    """.gz or .zst, for a packed file of records or text that can be read as it is; else nothing."""
+    stem, suffix = os.path.splitext(path.lower())
+    if not stem.endswith((".jsonl", ".ndjson", ".json", ".txt")):
+        return ""
+    if suffix == ".gz" or (suffix == ".zst" and zstd_decompressors()):
+        return suffix
+    return ""
+
+
+def zstd_pieces(raw):
+    """The content of an open .zst file, in pieces. Raises DAMAGED."""
+    decompressor = None  # of the frame that is being read: a file may have several
+    while packed := raw.read(PAGE):
+        while packed:
+            if decompressor is None:
+                decompressor = zstd_decompressors()()
+            try:
+                piece = decompressor.decompress(packed)
+            except Exception as error:  # each of the two packages has an error of its own
+                raise zlib.error(f"not zstd: {error}") from None
+            yield piece
+            packed = b""
+            if decompressor.eof:
+                packed = decompressor.unused_data
+                decompressor = None
+    if decompressor:
+        raise EOFError("it ends before its last frame does")
+
+
+class ZstdReader(io.RawIOBase):
+    """zstd_pieces() as an open file."""
+
+    def __init__(self, raw):
+        self.pieces = zstd_pieces(raw)
+        self.piece = b""
+
+    def readable(self):
+        return True
+
+    def readinto(self, buffer):
+        while not self.piece:  # some packed bytes hold nothing yet
+            self.piece = next(self.pieces, None)
+            if self.piece is None:  # the end
+                return 0
+        n = min(len(buffer), len(self.piece))
+        buffer[:n] = self.piece[:n]
+        self.piece = self.piece[n:]
+        return n
+
+
+def unpack(path, raw):
+    """What an open file holds, as another open file if it is packed."""
+    if packing(path) == ".gz":
+        return gzip.open(raw)
+    if packing(path) == ".zst":
+        return io.BufferedReader(ZstdReader(raw))
+    return raw
+
+
 def is_records(path):
     """Does a file hold JSON records? A .json of settings, as a source tree may have, does not."""
     lower = path.lower()
+    if lower.endswith(".parquet"):
+        return importlib.util.find_spec("pyarrow") is not None
     if lower.endswith(".json"):
         with open(path, "rb") as f:
             start = f.read(PAGE * 256)
@@ -226,19 +588,75 @@ def is_records(path):
         object_per_line = rb"\{.*\}\s*\n\s*\{"  # at least two of them
         pattern = rb"%b\s*(%b|%b)" % (byte_order_mark, array_of_objects, object_per_line)
         return re.match(pattern, start) is not None
-    return lower.removesuffix(".gz").endswith((".jsonl", ".ndjson", ".json"))
+    return lower.removesuffix(packing(path)).endswith((".jsonl", ".ndjson", ".json"))
 
 
 def is_text(path):
     """Is all of a file UTF-8, without a zero byte?"""
     try:
-        with open(path, encoding="utf-8", newline="") as f:
-            while chunk := f.read(WHOLE):
+        with open(path, "rb") as raw:
+            text = io.TextIOWrapper(unpack(path, raw), encoding="utf-8", newline="")
+            while chunk := text.read(WHOLE):
                 if "\0" in chunk:
                     return False
-    except UnicodeDecodeError:
+    except (UnicodeDecodeError, *DAMAGED):
         return False
     return True
+
+
+def parquet_records(raw):
+    """The records of an open .parquet file, a few at a time."""
+    import pyarrow.parquet
+    # As it is set by itself, the whole file would be in memory.
+    file = pyarrow.parquet.ParquetFile(raw, pre_buffer=False, buffer_size=2**20)
+    for batch in file.iter_batches(256):
+        yield from batch.to_pylist()
+
+
+def read_records(path, raw, args, notes):
+    """
+    Yields (where, record, schema, parts) for each record of an open file: where is its line, for a
+    message; the rest is what read_record() takes and returns. Raises BadFile.
+    """
+    kind = "record"
+    where = ""
+    # Errors are translated here, in one place: they come while any of these lines reads on.
+    try:
+        if path.lower().endswith(".parquet"):
+            records = parquet_records(raw)
+        else:
+            records = unpack(path, raw)
+            # peek() looks at what comes without reading it: space, perhaps a byte order mark, [
+            if records.peek(PAGE).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
+                records = json.load(records)
+            else:
+                kind = "line"
+        for number, record in enumerate(records, 1):
+            where = f", {kind} {number}"
+            if kind == "line":
+                if not record.strip():  # an empty line
+                    continue
+                record = json.loads(record)
+            yield where, record, *read_record(record, args, notes)
+    except UnicodeDecodeError:
+        raise BadFile(f"{path}{where}: not UTF-8; convert it first, for instance with iconv")
+    except json.JSONDecodeError as error:
+        raise BadFile(f"{path}{where}: not JSON: {error}")
+    except RecursionError:  # [[[... without end
+        raise BadFile(f"{path}{where}: lists within lists, too deep to be read")
+    except ValueError as error:  # read_record()'s, and pyarrow's
+        raise BadFile(f"{path}{where}: {str(error).splitlines()[0]}")
+    except (OSError, *DAMAGED) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise BadFile(f"cannot read {path} ({reason})")
+
+
+def schema_of(path, args):
+    """The schema of a file of records: that of its first one. Raises BadFile."""
+    with open(path, "rb") as raw:
+        for _, _, schema, _ in read_records(path, raw, args, collections.Counter()):
+            return schema
+    return "text"  # it is empty
 
 
 def files_below(folder):
@@ -261,183 +679,76 @@ def files_below(folder):
     return found
 
 
-def text_files_below(name, folder):
-    """The files below a folder that can be read; prints which ones are left out."""
-    files = []
-    others = []
+def say_left_out(name, files, why):
+    """A line about files of a set that are not read, if there are any."""
+    if files:
+        first = ", ".join(sorted(files)[:4])
+        more = f" and {len(files) - 4} more" if len(files) > 4 else ""
+        say(f"  {name}: left out {len(files)} files {why}: {first}{more}")
+
+
+def refuse_unread(file):
+    """Fails if a file's ending is one that is not read as it is, and says what to do about it."""
+    advice = NOT_READ.get(Path(file).suffix.lower())
+    if advice and not is_records(file) and not packing(file):
+        # quoted for a shell, and for Python
+        advice = advice.format(shlex.quote(file), repr(file), repr(f"{file}.jsonl"))
+        fail(f"{file} is not read as it is; {advice}")
+
+
+def files_in_folder(name, folder, args):
+    """
+    The files below a folder that can be read. All are of one schema, the one that most of the bytes
+    are of: beside records a README.md is left out, and beside source code a chat. Prints what is.
+    """
+    by_schema = {}  # {schema: files}
+    no_text = []
+    no_records = {}  # {file: what is wrong}
     for file in files_below(folder):
         # isfile() is False for a link that leads nowhere, and for a pipe
-        if os.path.isfile(file) and (is_records(file) or is_text(file)):
-            files.append(file)
+        if not os.path.isfile(file):
+            no_text.append(file)
+        elif is_records(file):
+            try:
+                by_schema.setdefault(schema_of(file, args), []).append(file)
+            except BadFile as error:
+                no_records[file] = error
+        elif not is_text(file):
+            no_text.append(file)
+        elif args.split_by:
+            no_records[file] = f"{file}: --split_by needs records"
         else:
-            others.append(file)
-    if others:
-        first = ", ".join(sorted(others)[:4])
-        more = f" and {len(others) - 4} more" if len(others) > 4 else ""
-        say(f"  {name}: left out {len(others)} files that are not UTF-8 text: {first}{more}")
-    return files
+            by_schema.setdefault("text", []).append(file)
+
+    say_left_out(name, no_text, "that are not UTF-8 text")
+    say_left_out(name, no_records, "that hold no records by keys that are known or given")
+    if not by_schema:
+        # what is wrong with the first one tells what to do
+        for error in no_records.values():
+            fail(error)
+        for file in no_text:
+            refuse_unread(file)
+        return []
+    main = max(by_schema, key=lambda schema: sum(map(os.path.getsize, by_schema[schema])))
+    for schema, files in by_schema.items():
+        if schema != main:
+            say_left_out(name, files, f"of {schema}, since most of {folder} is of {main}")
+    return by_schema[main]
 
 
-def find_files(name, path):
+def find_files(name, path, args):
     """The files that a file, a folder or a glob stands for, as a list of paths."""
     if os.path.isdir(path):
-        files = text_files_below(name, path)
+        files = files_in_folder(name, path, args)
     else:
         files = [path]
         if not os.path.isfile(path):
             files = sorted(filter(os.path.isfile, glob.glob(path, recursive=True)))
         for file in files:
-            advice = NOT_READ.get(Path(file).suffix.lower())
-            if advice and not is_records(file):
-                fail(f"{file} is not read as it is; {advice.format(file)}")
+            refuse_unread(file)
     if not files:
         fail(f"{path}: no text there (a file, a folder, or a glob in quotes)")
     return files
-
-
-# ---- records -------------------------------------------------------------------------------------
-# A record becomes parts, [(text, learned?), ...]: what a model reads, and which of it counts in the
-# loss. For example
-#
-#     {"prompt": "2 + 2 =", "response": "4"}     ->  [("2 + 2 =\n", False), ("4", True)]
-#     {"text": "Once upon a time"}               ->  [("Once upon a time", True)]
-#
-# The schema, here prompt/response and text, says which keys it was read by. All records of a set
-# must have the same one, so that a broken record is found and not trained on as something else.
-
-def text_of(content):
-    """The text of a record's value: a string, null, or a list of parts that hold a text each."""
-    if content is None:
-        return ""
-    if isinstance(content, str):
-        return content
-    if isinstance(content, list):
-        text = ""
-        for part in content:
-            if isinstance(part, dict) and "text" in part:
-                part = part["text"]
-            text += text_of(part)
-        return text
-    raise ValueError(f"{str(content)[:60]} is not text; leave the record out")
-
-
-def pair_parts(prompt, response):
-    """A prompt and its response -> parts. The response is on a line of its own, unless the prompt
-    ends in white space."""
-    if prompt and not prompt[-1].isspace():
-        prompt += "\n"
-    return [(prompt, False), (response, True)]
-
-
-def chat_parts(turns, learn=True):
-    """
-    A list of turns {role, content} or {from, value} -> parts: "role: ", then the text and a line
-    end. The assistant's (gpt's) text is learned, unless learn is False.
-    """
-    if not turns:  # null
-        turns = []
-    if not isinstance(turns, list):  # a single one
-        turns = [turns]
-    parts = []
-    for turn in turns:
-        if not isinstance(turn, dict) or not ("role" in turn or "from" in turn):
-            raise ValueError("a chat must be a list of turns, each with role and content, or from "
-                             "and value")
-        role = turn.get("role", turn.get("from"))
-        # ShareGPT's names
-        if role == "human":
-            role = "user"
-        if role == "gpt":
-            role = "assistant"
-        text = text_of(turn.get("content", turn.get("value")))
-        if text.strip():  # a turn that calls a tool has no text
-            parts.append((f"{role}: ", False))
-            parts.append((text + "\n", learn and role == "assistant"))
-    return parts
-
-
-def read_pair(record, prompt_key, response_key):
-    """A record with these two keys -> parts. Each is a text, or a list of turns."""
-    prompt = record[prompt_key]
-    response = record[response_key]
-    if not isinstance(response, list):  # two texts
-        prompt = text_of(prompt)
-        response = text_of(response)
-        if prompt_key == "instruction" and record.get("input"):
-            prompt += "\n" + text_of(record["input"])
-        return pair_parts(prompt, response)
-    answer = chat_parts(response)
-    if isinstance(prompt, str):
-        prompt = [{"role": "user", "content": prompt}]
-        # Some data sets repeat the prompt as the first turn of the response. Then it is left out.
-        if answer[:1] != [("assistant: ", False)]:
-            prompt = []
-    return chat_parts(prompt, learn=False) + answer
-
-
-def missing_key(record, wanted):
-    """The error of a record that lacks a key."""
-    known = ["text", *CHATS, *("/".join(pair) for pair in PAIRS)]
-    return ValueError(f"no {wanted} in it, but {', '.join(list(record)[:8])}; known are "
-                      f"{', '.join(known)}; name others with --text_key, or with --prompt_key and "
-                      "--response_key")
-
-
-def read_by_given_keys(record, args):
-    """read_record() with --text_key, or with --prompt_key and --response_key."""
-    keys = [args.text_key] if args.text_key else [args.prompt_key, args.response_key]
-    for key in keys:
-        if key not in record:
-            raise missing_key(record, key)
-    if args.text_key:
-        return "text", [(text_of(record[args.text_key]), True)]
-    return "/".join(keys), read_pair(record, *keys)
-
-
-def read_by_known_keys(record):
-    """read_record() without such flags."""
-    for key in CHATS:
-        if key in record:
-            return key, chat_parts(record[key])
-    for prompt_key, response_key in PAIRS:
-        if prompt_key in record and response_key in record:
-            return f"{prompt_key}/{response_key}", read_pair(record, prompt_key, response_key)
-    if "text" in record:
-        return "text", [(text_of(record["text"]), True)]
-    if "chosen" in record:
-        raise ValueError("chosen and rejected answers are preferences, which are not trained on; "
-                         "to learn the chosen ones, add --prompt_key prompt --response_key chosen")
-    raise missing_key(record, "known key")
-
-
-def read_record(record, args):
-    """
-    A JSON object -> (schema, parts). Parts are [(text, learned?), ...], in the order in which a
-    model sees them. Without --text_key or --prompt_key the first row that fits is taken:
-
-        keys                             schema               learned
-        messages: a chat                 messages             the assistant's turns
-        conversations: a chat            conversations        gpt's (or the assistant's) turns
-        prompt, response                 prompt/response      the response
-        prompt, completion               prompt/completion    the completion
-        question, answer                 question/answer      the answer
-        instruction, output (and input)  instruction/output   the output
-        text                             text                 all of it
-
-    The two of a pair are texts, or lists of turns as a chat is. An input that is not empty follows
-    its instruction. Raises ValueError, with a message for the user.
-    """
-    if not isinstance(record, dict):
-        raise ValueError(f"a JSON object is needed, not a {type(record).__name__}")
-    if args.text_key or args.prompt_key:
-        schema, parts = read_by_given_keys(record, args)
-    else:
-        schema, parts = read_by_known_keys(record)
-    if parts and schema != "text":
-        # <|endoftext|> will end the example; a line end before it is one token too many
-        text, learned = parts[-1]
-        parts[-1] = (text.removesuffix("\n"), learned)
-    return schema, parts
 
 
 # ---- documents and pages -------------------------------------------------------------------------
@@ -454,6 +765,7 @@ class Unit(NamedTuple):
     schema: str
     starts_document: bool
     parts: list  # [(text, learned?), ...]; text has one part
+    value: str = None  # of --split_by
 
 
 def pages(stream):
@@ -488,51 +800,42 @@ def units_of(schema, parts):
         yield Unit(schema, True, parts)
 
 
-def record_units(path, raw, args):
-    """
-    Yields (where, unit) for an open file of records: where is the line, for a message; unit is None
-    for a record without anything to learn.
-    """
-    file = gzip.open(raw) if path.lower().endswith(".gz") else raw
-    # peek() looks at what comes without reading it: white space, perhaps a byte order mark, then [
-    is_array = file.peek(PAGE).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
-    kind = "record" if is_array else "line"
-    where = ""
-    try:
-        records = json.load(file) if is_array else file
-        for number, record in enumerate(records, 1):
-            where = f", {kind} {number}"
-            if not is_array:
-                if not record.strip():  # an empty line
-                    continue
-                record = json.loads(record)
-            schema, parts = read_record(record, args)
-            if any(learned and text.strip() for text, learned in parts):
-                for unit in units_of(schema, parts):
-                    yield where, unit
-            else:
-                yield where, None
-    except UnicodeDecodeError:
-        fail(f"{path}{where}: not UTF-8; convert it first, for instance with iconv")
-    except json.JSONDecodeError as error:
-        fail(f"{path}{where}: not JSON: {error}")
-    except (ValueError, RecursionError) as error:  # read_record()'s; and [[[... without end
-        fail(f"{path}{where}: {error}")
+def record_units(path, raw, args, notes):
+    """Yields (where, unit) for an open file of records; see read_records(). unit is None for a
+    record without anything to learn."""
+    for where, record, schema, parts in read_records(path, raw, args, notes):
+        value = None
+        if args.split_by:
+            try:
+                value = value_at(record, args.split_by)
+            except ValueError as error:
+                raise BadFile(f"{path}{where}: {error}")
+        if not any(learned and text.strip() for text, learned in parts):
+            yield where, None
+        elif args.split_by and value is None:
+            notes[f"records without {args.split_by} left out"] += 1
+        else:
+            for unit in units_of(schema, parts):
+                yield where, unit._replace(value=value)
 
 
-def file_units(path, raw, args):
+def file_units(path, raw, args, notes):
     """Yields (where, unit) for an open file; see record_units()."""
     if is_records(path):
-        yield from record_units(path, raw, args)
+        yield from record_units(path, raw, args, notes)
         return
+    if args.split_by:
+        raise BadFile(f"{path}: --split_by needs records")
     try:
-        for unit in text_units(io.TextIOWrapper(raw, encoding="utf-8", newline="")):
+        for unit in text_units(io.TextIOWrapper(unpack(path, raw), encoding="utf-8", newline="")):
             yield "", unit
     except UnicodeDecodeError as error:
-        # error.object is the last piece that was read from raw
-        at = raw.tell() - len(error.object) + error.start
-        fail(f"{path}: not UTF-8 at byte {at} ({error.reason}); convert it, for instance with "
-             "iconv, or leave it out with a glob")
+        at = ""
+        if not packing(path):
+            # error.object is the last piece that was read from raw
+            at = f" at byte {raw.tell() - len(error.object) + error.start}"
+        raise BadFile(f"{path}: not UTF-8{at} ({error.reason}); convert it, for instance with "
+                      "iconv, or leave it out with a glob")
 
 
 class Progress:
@@ -554,32 +857,41 @@ class Progress:
 
 
 def own_units(name, files, args):
-    """The units of all files of a set, which must be of one schema."""
+    """The units of all files of a set, which must be of one schema. (With --split_by they are of
+    several sets.)"""
     sizes = [os.path.getsize(path) for path in files]
     progress = Progress(sum(sizes))
     bytes_before = 0  # in the files before this one
     n_empty = 0
-    schema = None
+    notes = collections.Counter()
+    schemas = {}  # {value of --split_by: schema}; without it there is one value, None
     for path, size in zip(files, sizes):
         try:
             with open(path, "rb") as raw:
-                for where, unit in file_units(path, raw, args):
+                for where, unit in file_units(path, raw, args, notes):
                     if unit is None:
                         n_empty += 1
                         continue
-                    if schema is None:  # the first one decides
-                        schema = unit.schema
+                    # the first one decides
+                    schema = schemas.setdefault(unit.value, unit.schema)
                     if unit.schema != schema:
                         fail(f"{path}{where}: it is of the schema {unit.schema}, but what comes "
                              f"before it is of {schema}; prepare them as two sets")
                     yield unit
                     progress.show(bytes_before + raw.tell())
-        except (OSError, EOFError, zlib.error) as error:  # a broken gzip file raises any of them
+        except BadFile as error:
+            fail(error)
+        except (OSError, *DAMAGED) as error:
             reason = getattr(error, "strerror", None) or error
             fail(f"cannot read {path} ({reason})")
         bytes_before += size
     if n_empty:
         say(f"  {name}: left out {n_empty:,} records without a text to learn")
+    if notes:
+        some = [f"{n:,} {what}" for what, n in notes.most_common(6)]
+        if len(notes) > 6:
+            some.append("and more")
+        say(f"  {name}: in records, {'; '.join(some)}")
 
 
 # ---- the sample ----------------------------------------------------------------------------------
@@ -958,6 +1270,13 @@ def check_splits(name, splits, n_documents):
                  f"text or {mend}")
 
 
+def refuse_existing(name, args):
+    """Fails if there is a set of this name, or anything else, that we may not replace."""
+    folder = Path(args.data_dir, name)
+    if os.path.lexists(folder) and not args.overwrite:
+        fail(f"{folder} exists; choose another name or add --overwrite")
+
+
 def print_set(name, schema, splits, n_documents):
     """A line that says what was written."""
     note = ""
@@ -1018,6 +1337,96 @@ def write_set(name, units, tokenizer, args, fractions, origin):
             writer.close()
         shutil.rmtree(partial, ignore_errors=True)
     print_set(name, schema, splits, n_documents)
+
+
+# ---- one set for each value ----------------------------------------------------------------------
+# With --split_by the units of a corpus are sorted into files by their value, a JSON line each, and
+# each of these files then becomes a set. So the corpus is read once, whatever the number of values,
+# and memory stays flat. While this works, the text takes its own size once more on the disk.
+
+def sort_by_value(name, units, folder, args):
+    """
+    Writes units into a file for each value of --split_by, in a folder -> {value: path}. Values of
+    too few documents to be divided are left out; prints which ones.
+    """
+    paths = {}
+    n_documents = collections.Counter()
+    texts = collections.defaultdict(set)  # what place() says of different ones, up to three
+    with contextlib.ExitStack() as stack:
+        files = {}
+        for unit in units:
+            value = unit.value
+            if value not in files:
+                if len(files) == MOST_VALUES:
+                    some = ", ".join(repr(seen[:40]) for seen in list(files)[:4])
+                    fail(f"{name}: {args.split_by} has more than {MOST_VALUES} values, among them "
+                         f"{some}; choose a key with fewer, or leave out --split_by")
+                paths[value] = folder / f"{len(files)}.jsonl"
+                files[value] = stack.enter_context(open(paths[value], "w", encoding="ascii"))
+            # write_set() needs three different places
+            if len(texts[value]) < 3:
+                texts[value].add(place(unit.parts, args.seed))
+            n_documents[value] += unit.starts_document
+            line = json.dumps([unit.schema, unit.starts_document, unit.parts])
+            files[value].write(line + "\n")
+
+    # only now is it known which values are rare
+    rare = [value for value in paths if len(texts[value]) < 3]
+    for value in rare:
+        del paths[value]
+    if rare:
+        some = ", ".join(f"{value[:40]} ({n_documents[value]})" for value in rare[:4])
+        more = f" and {len(rare) - 4} more" if len(rare) > 4 else ""
+        say(f"  {name}: left out {len(rare)} values of {args.split_by} with fewer than 3 different "
+            f"documents, too few for train, val and test: {some}{more}")
+    return paths
+
+
+def names_of_values(name, values, taken, args):
+    """{value: NAME_VALUE}, made of letters that a name may have. taken, {name: whose it is}, are
+    those of this call; on some systems names that differ only in case are one."""
+    names = {}
+    for value in values:
+        # a dot at the end is lost on Windows
+        safe = re.sub(r"[^A-Za-z0-9_.-]+", "_", value[:80]).rstrip(".")
+        names[value] = f"{name}_{safe}"
+        whose = f"{value!r} of {name}"
+        # the first one to ask for a name has it
+        other = taken.setdefault(names[value].lower(), whose)
+        if other != whose:
+            fail(f"{other} and {whose} would both be the set {names[value]}; rename one of these "
+                 f"values of {args.split_by}")
+        refuse_existing(names[value], args)
+    return names
+
+
+def sorted_units(path):
+    """The units that sort_by_value() wrote into a file."""
+    progress = Progress(path.stat().st_size)
+    with open(path, "rb") as lines:
+        for line in lines:
+            yield Unit(*json.loads(line))
+            progress.show(lines.tell())
+
+
+def write_set_by_value(name, units, tokenizer, taken, args, fractions, origin):
+    """write_set() for each value of --split_by. All names are checked before a set is written."""
+    folder = make_partial_folder(Path(args.data_dir, name))
+    try:
+        try:
+            paths = sort_by_value(name, units, folder, args)
+        except OSError as error:  # own_units() reports those of reading
+            fail(f"cannot write {folder}: {error.strerror}; no set was changed")
+        if not paths:
+            fail(f"{name}: {origin} has no value of {args.split_by} with enough documents")
+        for value, set_name in names_of_values(name, paths, taken, args).items():
+            origin_of_value = f"{origin} ({args.split_by} {value[:80]})"
+            # closing: Windows deletes no open file
+            with contextlib.closing(sorted_units(paths[value])) as units:
+                write_set(set_name, units, tokenizer, args, fractions, origin_of_value)
+            paths[value].unlink()  # to have its place on the disk for the next one
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 # ---- reading -------------------------------------------------------------------------------------
@@ -1457,6 +1866,8 @@ def parse_args(argv):
     g("--text_key", help="key of a document's text in records (default: text)")
     g("--prompt_key", help="key of an example's prompt (default: a known one)")
     g("--response_key", help="key of its response")
+    g("--split_by", metavar="KEY", help="write one set for each value that this key has in records,"
+      " named NAME_VALUE; a.b is b within a")
     g("--data_dir", default="data", help="folder of the prepared sets (default: %(default)s)")
     g("--val_fraction", type=float, default=0.05,
       help="share of documents in val (default: %(default)s)")
@@ -1465,6 +1876,11 @@ def parse_args(argv):
     g("--seed", type=int, default=1337, help="of the split and of `noise` (default: %(default)s)")
     g("--overwrite", action="store_true", help="replace prepared sets of the same name")
     args = parser.parse_args(argv)
+    # A shell leaves the ~ in --data_dir=~/x as it is.
+    args.data_dir = os.path.expanduser(args.data_dir)
+    args.tokenizer = os.path.expanduser(args.tokenizer)
+    if args.split_by and not args.sets:
+        fail("--split_by needs NAME=PATH, a corpus to split")
 
     smallest = min(args.val_fraction, args.test_fraction)
     if not (smallest > 0 and args.val_fraction + args.test_fraction < 1):
@@ -1484,10 +1900,10 @@ def own_paths(args):
             fail(f"{pair!r} is not NAME=PATH (a name of letters, digits, '_', '.', '-')")
         if name in paths:
             fail(f"the name {name} is given twice")
-        folder = Path(args.data_dir, name)
-        if os.path.lexists(folder) and not args.overwrite:
-            fail(f"{folder} exists; choose another name or add --overwrite")
-        paths[name] = path
+        if not args.split_by:
+            refuse_existing(name, args)
+        # A shell leaves a ~ behind an = as it is.
+        paths[name] = os.path.expanduser(path)
     return paths
 
 
@@ -1500,12 +1916,17 @@ def announce(args, tokenizer):
 def write_own_sets(args):
     """Prepares the sets that the command line names. All paths are checked before any is read."""
     paths = own_paths(args)
-    files = {name: find_files(name, path) for name, path in paths.items()}
+    files = {name: find_files(name, path, args) for name, path in paths.items()}
     tokenizer = get_tokenizer(args.tokenizer)
     announce(args, tokenizer)
     fractions = (args.val_fraction, args.test_fraction)
+    taken = {}  # names of sets that come of --split_by
     for name, path in paths.items():
-        write_set(name, own_units(name, files[name], args), tokenizer, args, fractions, path)
+        units = own_units(name, files[name], args)
+        if args.split_by:
+            write_set_by_value(name, units, tokenizer, taken, args, fractions, path)
+        else:
+            write_set(name, units, tokenizer, args, fractions, path)
 
 
 def sample_is_there(name, args):

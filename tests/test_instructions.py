@@ -35,11 +35,39 @@ def in_parts(turns):
             for turn in turns]
 
 
-def with_a_tool(i):
-    return [{"role": "user", "content": f"?{i}"},
-            {"role": "assistant", "content": None, "tool_calls": [1]},
-            {"role": "tool", "content": "7"},
+def with_tools(i):
+    """OpenAI's form of a call, and its older one, of which one has a text before it."""
+    call = {"name": "add", "arguments": f'{{"a": {i}}}'}
+    return [{"role": "developer", "content": "be brief"},
+            {"role": "user", "content": f"?{i}"},
+            {"role": "assistant", "content": None,
+             "tool_calls": [{"id": "c1", "type": "function", "function": call}]},
+            {"role": "tool", "content": "7", "tool_calls": None},
+            {"role": "assistant", "content": "once more", "function_call": call},
+            {"role": "function", "name": "add", "content": 8},
             {"role": "assistant", "content": f"!{i}"}]
+
+
+def sharegpt_with_tools(i):
+    return [{"from": "human", "value": f"?{i}"},
+            {"from": "function_call", "value": f"add({i})"},
+            {"from": "observation", "value": "7"},
+            {"from": "gpt", "value": f"!{i}"}]
+
+
+def by_many_names(i):
+    turns = []
+    for name in ("gpt", "chatgpt", "bing", "bard", "bot", "model", "assistant", "GPT"):
+        turns += [{"from": "User", "value": f"{i}"}, {"from": name, "value": "ho"}]
+    return turns
+
+
+def partly_learned(i):
+    """Marks that say which of the assistant's turns are learned; null says nothing."""
+    marks = [{"weight": 0}, {"weight": 1}, {"train": False}, {"train": True}, {"weight": None},
+             {"weight": 0.0, "train": True}, {}]
+    turns = [{"role": "user", "content": f"?{i}"}]
+    return turns + [{"role": "assistant", "content": f"!{i}", **mark} for mark in marks]
 
 
 # case: (its schema, a line's record of example i, its text with the learned parts in brackets)
@@ -69,10 +97,59 @@ RECORDS = {
         "messages",
         lambda i: {"messages": in_parts(talk(i))},
         TALK),
-    "null": (
+    "tools": (
         "messages",
-        lambda i: {"messages": with_a_tool(i)},
-        "user: ?{i}\ntool: 7\nassistant: [!{i}]"),
+        lambda i: {"messages": with_tools(i)},
+        "developer: be brief\nuser: ?{i}\n"
+        'assistant: [{{"name": "add", "arguments": "{{\\"a\\": {i}}}"}}\n]tool: 7\n'
+        'assistant: [once more\n{{"name": "add", "arguments": "{{\\"a\\": {i}}}"}}\n]tool: 8\n'
+        "assistant: [!{i}]"),
+    "sharegpt's tools": (
+        "conversations",
+        lambda i: {"conversations": sharegpt_with_tools(i)},
+        "user: ?{i}\nassistant: [add({i})\n]tool: 7\nassistant: [!{i}]"),
+    "names": (
+        "conversations",
+        lambda i: {"conversations": by_many_names(i)},
+        7 * "user: {i}\nassistant: [ho\n]" + "user: {i}\nassistant: [ho]"),
+    "weights": (
+        "messages",
+        lambda i: {"messages": partly_learned(i)},
+        "user: ?{i}\nassistant: !{i}\nassistant: [!{i}\n]assistant: !{i}\nassistant: [!{i}\n]"
+        "assistant: [!{i}\n]assistant: !{i}\nassistant: [!{i}]"),
+    "numbers": (
+        "question/answer",
+        lambda i: {"question": i, "answer": i + 1},
+        "{i}\n[{i1}]"),
+    "dolly": (
+        "instruction/response",
+        lambda i: {"instruction": f"add {i}", "context": f"to {i}", "response": f"{i}", "x": "no"},
+        "to {i}\nadd {i}\n[{i}]"),
+    "orca": (
+        "question/response",
+        lambda i: {"system_prompt": "be brief\n", "question": f"?{i}", "response": f"!{i}"},
+        "be brief\n?{i}\n[!{i}]"),
+    "squad": (
+        "question/answer",
+        lambda i: {"context": ["a", f"b{i}"], "question": f"?{i}", "answer": f"!{i}"},
+        "a\nb{i}\n?{i}\n[!{i}]"),
+    "history": (
+        "instruction/output",
+        lambda i: {"instruction": f"?{i}", "input": "", "output": f"!{i}", "system": "be brief",
+                   "history": [["q1", "a1"], ["q2", "a2"]]},
+        "be brief\nq1\na1\nq2\na2\n?{i}\n[!{i}]"),
+    "history of turns": (
+        "prompt/response",
+        lambda i: {"prompt": f"?{i}", "response": f"!{i}", "system": None, "history": talk(i)},
+        "user: hi {i}\nassistant: ho\nuser: ☃\nassistant: {i}\n?{i}\n[!{i}]"),
+    "system beside a chat": (
+        "conversations",
+        lambda i: {"system": "be brief", "conversations": talk(i, "from", "value", "human", "gpt")},
+        "system: be brief\n" + TALK),
+    "system beside turns": (
+        "prompt/completion",
+        lambda i: {"system": "be brief", "prompt": talk(i)[:3], "completion": talk(i)[3:]},
+        "system: be brief\nuser: hi {i}\nassistant: ho\nuser: ☃\nassistant: [{i}]"),
     "sharegpt": (
         "conversations",
         lambda i: {"conversations": talk(i, "from", "value", "human", "gpt")},
@@ -145,7 +222,7 @@ def test_mask_of_every_token_through_packing(tmp_path, case):
         expected.add(text.format(i=i, i1=i + 1, input=more).removesuffix("]") + "|]")
 
     tokenizer = prepare_data.bytes_tokenizer()
-    block_size = 180
+    block_size = 600
     data = TokenSet(tmp_path / "data", "qa", block_size)
     assert data.n_examples == 300 and data.n_cut == data.n_left_out == 0
     found = set()
@@ -310,15 +387,14 @@ def test_bad_masks(tmp_path, capsys):
 
 
 BAD_RECORDS = {  # name: (a line, parts of the message)
-    "type": ('{"prompt": "x", "response": 5}', "type.jsonl, line 120: 5 is not text"),
+    "type": ('{"prompt": "x", "response": {"y": 5}}', "type.jsonl, line 120: a chat must be"),
     "text": ('{"text": "plain"}', "text.jsonl, line 120: it is of the schema text",
              "prompt/response; prepare"),
     "chat": ('{"messages": [{"role": "assistant", "content": "x"}]}',
              "chat.jsonl, line 120: it is of the schema"),
     "seven": ('{"messages": 7}', "seven.jsonl, line 120: a chat must be a list of turns"),
     "turns": ('{"messages": "hello"}', "turns.jsonl, line 120: a chat must be a list of turns"),
-    "image": ('{"messages": [{"role": "user", "content": [{"type": "image"}]}]}',
-              "line 120: {'type': 'image'} is not text"),
+    "no content": ('{"messages": [{"role": "user", "text": "x"}]}', "line 120: a chat must be"),
     "keys": ('{"Input": "x", "Output": "y"}',
              "line 120: no known key in it, but Input, Output; known are text, ",
              "--prompt_key and --response_key"),
@@ -389,6 +465,25 @@ def test_records_without_a_text_are_left_out_and_counted(tmp_path, kind):
     stderr = run("prepare_data.py", "y=none.jsonl", cwd=tmp_path, status=2)
     assert "error: y: none.jsonl holds no text" in stderr and "Traceback" not in stderr
     assert sorted(path.name for path in (tmp_path / "data").iterdir()) == ["x"]
+
+
+def test_what_is_in_records_and_not_read_is_counted(tmp_path):
+    """Images are left out of their turns; turns under an unknown role are read."""
+    with open(tmp_path / "chat.jsonl", "w") as f:
+        for i in range(60):
+            parts = [{"type": "image_url", "image_url": {}}, {"type": "text", "text": "?"}]
+            turns = [{"role": "user", "content": parts}, {"role": "Narrator", "content": "so"}]
+            if i % 3 == 0:
+                turns.append({"role": "user", "content": {"type": "audio"}})
+            turns.append({"role": "assistant", "content": f"{i}"})
+            f.write(json.dumps({"messages": turns, "context": {"a": "x", "b": 1}}) + "\n")
+    stdout = run("prepare_data.py", "x=chat.jsonl", cwd=tmp_path)
+    assert ("x: in records, 60 {a, b} left out; 60 image_url left out; "
+            "60 turns of 'Narrator' read, not learned; 20 audio left out\n") in stdout
+    data = TokenSet(tmp_path / "data", "x", 64)
+    text = marked(data.tokens("train"), data.mask("train"), prepare_data.bytes_tokenizer())
+    texts = {re.sub(r"\d+", "0", example) for example in examples_in(text)}
+    assert texts == {"user: ?\nNarrator: so\nassistant: [0|]"}
 
 
 # ---- losses, gradients and runs over learned tokens: these need fastmix.py -----------------------
