@@ -35,7 +35,7 @@ GREY = "#999999"
 BLACK = "#222222"
 
 # Settings in which two runs may differ and still count as the same search with another seed.
-NO_MATTER = ("seed", "out_dir", "resume", "device", "compile", "log_every")
+DO_NOT_MATTER = ("seed", "out_dir", "data_dir", "resume", "device", "compile", "log_every")
 
 # Shares below this are not exported: some trainers refuse 0, and a source that is drawn once in
 # 10,000 samples is hardly read.
@@ -90,7 +90,7 @@ def read_log(folder):
 
 
 def last_half(log):
-    """{source: share}: the average that a run recommends, or would recommend if it ended now."""
+    """{source: share}: an estimate, from the reports, of the average that mixture.json has."""
     late = log["step"] >= log["step"][-1] / 2
     return {name: alpha[late].mean() for name, alpha in log["alpha"].items()}
 
@@ -98,7 +98,7 @@ def last_half(log):
 def parse_result(text):
     """The dict of a mixture.json."""
     result = json.loads(text)
-    # the table reads all that is used below, but for the seed; what is missing is noticed here
+    # A dry run: a key that is missing is noticed here. (An export needs tokens_per_document, too.)
     result_table(result, warn=True)
     if "seed" not in result:
         raise KeyError("seed")
@@ -131,7 +131,8 @@ def result_table(result, warn=False):
     # a search may be shorter than the run that it is for, whose length then is --train_tokens
     tokens = result["settings"].get("train_tokens") or result["tokens"]
     lines.append("final: share of the tokens, average over the last half of the run")
-    lines.append(f"epochs: how often each source is read when {tokens:,.0f} tokens are drawn by it")
+    lines.append(f"epochs: how often {tokens:,.0f} tokens, drawn at the final mixture, "
+                 "read a source")
     lines.append("val loss: loss per token (nats) on the source's own val split")
     for name, target in result["targets"].items():
         line = (f"target {name}: {losses_in_words(target)}; "
@@ -140,7 +141,8 @@ def result_table(result, warn=False):
             line += f"; weight {target['weight']:.3f}"
         lines.append(line)
     if len(result["targets"]) > 1:
-        lines.append(f"mean of the targets: {losses_in_words(result)}")
+        masked = any(target["learned_only"] for target in result["targets"].values())
+        lines.append(f"mean of the targets: {losses_in_words(result | {'learned_only': masked})}")
     if warn:
         lines += search_warnings(result)
     return "\n".join(lines)
@@ -160,7 +162,7 @@ def search_warnings(result):
     if not result["searched"] or len(mixture) == 1:
         return []
     lines = []
-    mend = "raise --max_steps, or lower --learning_rate_mixture"
+    mend = "raise --max_steps or, if it jumps about, lower --learning_rate_mixture"
     largest = max(mixture, key=mixture.get)
     if mixture[largest] > 0.9:
         lines.append(f"warning: nearly all of the mixture is {largest}; "
@@ -169,17 +171,17 @@ def search_warnings(result):
     last = result["mixtures"]["last"]
     moved = sum(abs(last[name] - mixture[name]) for name in mixture) / 2
     if moved > 0.2:  # as in searches at 10 and 50 times the default rate
-        lines.append(f"warning: the mixture still moves: {moved:.0%} of the last one "
-                     f"is not in the average; {mend}")
+        lines.append(f"warning: the mixture still moves: the last one differs from the average "
+                     f"by {moved:.0%} of the tokens; {mend}")
     return lines
 
 
 def kind_of(result):
     """The settings of a result of mixture.json that make it another search, whatever the seed."""
-    kind = {key: value for key, value in result["settings"].items() if key not in NO_MATTER}
+    kind = {key: value for key, value in result["settings"].items() if key not in DO_NOT_MATTER}
     # by default, sources and targets are what is prepared, which may have changed meanwhile
     kind["sources"] = list(result["mixture"])
-    kind["target"] = list(result["targets"])
+    kind["target"] = {name: target["weight"] for name, target in result["targets"].items()}
     return kind
 
 
@@ -233,8 +235,11 @@ def seed_table(results):
         test_loss[f"target {target}"] = [r["targets"][target]["test_loss"] for r in results]
     if len(test_loss) > 1:
         test_loss["mean of the targets"] = [r["test_loss"] for r in results]
+    token = "token"
+    if any(target["learned_only"] for target in results[0]["targets"].values()):
+        token = "learned token"
     for name, values in test_loss.items():
-        lines.append(f"{name}: test loss {np.mean(values):.4f} per token, {min(values):.4f} to "
+        lines.append(f"{name}: test loss {np.mean(values):.4f} per {token}, {min(values):.4f} to "
                      f"{max(values):.4f} over {len(values)} seeds")
     return "\n".join(lines)
 
@@ -383,7 +388,7 @@ def draw_losses(ax, log, colour):
 
 
 def draw_alignments(ax, log, colour):
-    """How much a step on each source is predicted to lower the target loss."""
+    """A_k: how much lower the trained model's target loss would be with more of each source."""
     lines = [ax.axhline(0, color=GREY, linewidth=0.8)]
     window = len(log["step"]) // 12  # single alignments are noisy
     for name in colour:
@@ -392,7 +397,7 @@ def draw_alignments(ax, log, colour):
     fit_height(ax, lines, skip=1 / 8)
     # the mixture step divides alignments by their root mean square, so their unit does not matter
     ax.set(title="Alignment: high sources gain share",
-           ylabel="⟨P g_val, g_k⟩ (only ratios count)")
+           ylabel="A_k = ⟨P g_val, g_k⟩ (any unit)")
 
 
 def draw_run(folder):
@@ -515,7 +520,7 @@ def draw_comparison(folders, results, same_search):
 # Some trainers draw samples of a fixed length; their probabilities are the shares of tokens. Others
 # draw whole examples. A source of long examples would then give more tokens than its share, so the
 # probability of each source is proportional to its share divided by its tokens per document.
-# In each function, p is {source: probability as a text}, and what returns is one text.
+# In each function, p is {source: probability as a text}, and each returns one text.
 
 def export_megatron(p, seed):
     """Megatron-LM: an argument of its command line. Takes fixed-length samples."""
