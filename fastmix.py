@@ -36,6 +36,12 @@ Paper: "FastMix: Fast Data Mixture Optimization via Gradient Descent", Tan et al
 looks one training step ahead, and the gradient (3). This repository's are eps < 1, P = H^-1, the
 running mean of the target's gradient, mirror descent in units of the rms, masks and bounds.
 """
+import signal
+
+if __name__ == "__main__":
+    # until main() starts, Ctrl-C ends the program at once, without a traceback from an import
+    on_ctrl_c = signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import atexit
 import contextlib
@@ -633,6 +639,13 @@ def open_log(path, rows):
     return open(path, "a")
 
 
+def discard_log(log):
+    """Closes and deletes a log.jsonl that no checkpoint goes with: it holds no run to resume."""
+    with contextlib.suppress(OSError):  # a full disk may have left a rest that was not written
+        log.close()
+    os.unlink(log.name)
+
+
 def by_name(names, values):
     """(K,) -> {name: value}; None in place of NaN, which JSON does not know."""
     return {name: None if math.isnan(value) else value
@@ -690,7 +703,8 @@ def open_sets(args, ckpt):
     if args.resume:
         if ckpt["digests"] != {name: s.digest for name, s in sets.items()}:
             fail(f"the data in {args.data_dir}/ is not what {args.out_dir}/ckpt.pt was trained on; "
-                 "prepare it as it was, or start a new run in another --out_dir")
+                 "name the right folder with --data_dir, prepare the data as it was, or start a "
+                 "new run in another --out_dir")
     elif ckpt and (ckpt["tokenizer"], ckpt["config"]["vocab_size"]) != (first.tokenizer,
                                                                         first.vocab_size):
         fail(f"{args.init_from} was made with the tokenizer {ckpt['tokenizer']}, '{first.name}' "
@@ -778,7 +792,7 @@ def main(argv=None):
                 "digests": {s.name: s.digest for s in (*sources, *targets)}}
     # a resumed run wrote the report of its first step before it was stopped
     resumed_at = state.step if args.resume else None
-    if rank == 0:
+    if rank == 0 and args.resume:
         log = open_log(out / "log.jsonl", state.rows)
     n_params = sum(p.numel() for p in net.parameters())
     say(f"{n_params:,} parameters, {n_sequences * T:,} tokens per step, {device}; sources "
@@ -830,10 +844,16 @@ def main(argv=None):
                        "target_val_loss": target_loss, "target_losses": target_losses,
                        "tokens": tokens_seen(state, fill, T).sum().item(),
                        "seconds": round(state.seconds, 3)}
-                log.write(json.dumps(row) + "\n")
-                log.flush()
-                say(progress(row, steps_taken / seconds))
-                save_checkpoint(out / "ckpt.pt", net, optimizer, state, settings)
+                if step == 0:  # not before: a run that fails earlier leaves its out_dir free
+                    log = open_log(out / "log.jsonl", 0)
+                try:
+                    log.write(json.dumps(row) + "\n")
+                    log.flush()
+                    say(progress(row, steps_taken / seconds))
+                    save_checkpoint(out / "ckpt.pt", net, optimizer, state, settings)
+                finally:
+                    if not (out / "ckpt.pt").exists():  # and so does one that fails here
+                        discard_log(log)
             steps_taken = 0
             for t in (train_loss_sum, loss_sum, learned_sum, alignment_sum, alignment_count):
                 t.zero_()
@@ -987,9 +1007,15 @@ def main(argv=None):
 
 if __name__ == "__main__":
     try:
+        signal.signal(signal.SIGINT, on_ctrl_c)
         main()
     except KeyboardInterrupt:
-        say("\nstopped; to resume from the last report, repeat the command with --resume")
+        say("\nstopped; to resume from the last report, if there is one, repeat the command with "
+            "--resume")
         sys.exit(130)
     except OSError as error:  # a full disk, a folder that may not be written, a file that is gone
         fail(error)
+    except torch._dynamo.exc.BackendCompilerFailed as error:
+        # without a C++ compiler, of which torch.compile knows when the model first runs
+        reason = " ".join(str(error).split())[:200]
+        fail(f"--compile: {reason}; mend that, or leave --compile out")

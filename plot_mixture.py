@@ -9,10 +9,19 @@ Reads what fastmix.py wrote: prints its table, draws it, and exports the mixture
 A run writes two files. log.jsonl has a row per report, from the first step on, so that a run can
 be drawn while it trains. mixture.json has the results, and is there once the run has ended.
 """
+import signal
+
+if __name__ == "__main__":
+    # until main() starts, Ctrl-C ends the program at once, without a traceback from an import
+    on_ctrl_c = signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import contextlib
 import json
 import os
+import shlex
+import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +35,7 @@ GREY = "#999999"
 BLACK = "#222222"
 
 # Settings in which two runs may differ and still count as the same search with another seed.
-NO_MATTER = ("seed", "out_dir", "resume", "device", "compile", "log_every")
+DO_NOT_MATTER = ("seed", "out_dir", "data_dir", "resume", "device", "compile", "log_every")
 
 # Shares below this are not exported: some trainers refuse 0, and a source that is drawn once in
 # 10,000 samples is hardly read.
@@ -73,14 +82,15 @@ def read_log(folder):
     measured is NaN. Raises ValueError.
     """
     path = Path(folder, "log.jsonl")
-    log = read_file(path, parse_log, f"a run of fastmix.py --out_dir {folder} writes it")
+    writer = f"fastmix.py --out_dir {shlex.quote(str(folder))}"
+    log = read_file(path, parse_log, f"a run of {writer} writes it")
     if not log:
         raise ValueError(f"{path} is still empty; try again when the run has logged a line")
     return log
 
 
 def last_half(log):
-    """{source: share}: the average that a run recommends, or would recommend if it ended now."""
+    """{source: share}: an estimate, from the reports, of the average that mixture.json has."""
     late = log["step"] >= log["step"][-1] / 2
     return {name: alpha[late].mean() for name, alpha in log["alpha"].items()}
 
@@ -88,7 +98,7 @@ def last_half(log):
 def parse_result(text):
     """The dict of a mixture.json."""
     result = json.loads(text)
-    # the table reads all that is used below, but for the seed; what is missing is noticed here
+    # A dry run: a key that is missing is noticed here. (An export needs tokens_per_document, too.)
     result_table(result, warn=True)
     if "seed" not in result:
         raise KeyError("seed")
@@ -121,7 +131,8 @@ def result_table(result, warn=False):
     # a search may be shorter than the run that it is for, whose length then is --train_tokens
     tokens = result["settings"].get("train_tokens") or result["tokens"]
     lines.append("final: share of the tokens, average over the last half of the run")
-    lines.append(f"epochs: how often each source is read when {tokens:,.0f} tokens are drawn by it")
+    lines.append(f"epochs: how often {tokens:,.0f} tokens, drawn at the final mixture, "
+                 "read a source")
     lines.append("val loss: loss per token (nats) on the source's own val split")
     for name, target in result["targets"].items():
         line = (f"target {name}: {losses_in_words(target)}; "
@@ -130,7 +141,8 @@ def result_table(result, warn=False):
             line += f"; weight {target['weight']:.3f}"
         lines.append(line)
     if len(result["targets"]) > 1:
-        lines.append(f"mean of the targets: {losses_in_words(result)}")
+        masked = any(target["learned_only"] for target in result["targets"].values())
+        lines.append(f"mean of the targets: {losses_in_words(result | {'learned_only': masked})}")
     if warn:
         lines += search_warnings(result)
     return "\n".join(lines)
@@ -150,7 +162,7 @@ def search_warnings(result):
     if not result["searched"] or len(mixture) == 1:
         return []
     lines = []
-    mend = "raise --max_steps, or lower --learning_rate_mixture"
+    mend = "raise --max_steps or, if it jumps about, lower --learning_rate_mixture"
     largest = max(mixture, key=mixture.get)
     if mixture[largest] > 0.9:
         lines.append(f"warning: nearly all of the mixture is {largest}; "
@@ -159,21 +171,43 @@ def search_warnings(result):
     last = result["mixtures"]["last"]
     moved = sum(abs(last[name] - mixture[name]) for name in mixture) / 2
     if moved > 0.2:  # as in searches at 10 and 50 times the default rate
-        lines.append(f"warning: the mixture still moves: {moved:.0%} of the last one "
-                     f"is not in the average; {mend}")
+        lines.append(f"warning: the mixture still moves: the last one differs from the average "
+                     f"by {moved:.0%} of the tokens; {mend}")
     return lines
+
+
+def kind_of(result):
+    """The settings of a result of mixture.json that make it another search, whatever the seed."""
+    kind = {key: value for key, value in result["settings"].items() if key not in DO_NOT_MATTER}
+    # by default, sources and targets are what is prepared, which may have changed meanwhile
+    kind["sources"] = list(result["mixture"])
+    kind["target"] = {name: target["weight"] for name, target in result["targets"].items()}
+    return kind
+
+
+def without_copies(results):
+    """
+    results {folder: dict of mixture.json} without the copies of a run, and the same run made again:
+    they would count as more seeds than there are. Says on stderr which they are.
+    """
+    kept = {}
+    first_of = {}  # {what a run was and found: its folder}
+    for folder, result in results.items():
+        run = [result["seed"], result["mixture"], result["targets"], kind_of(result)]
+        first = first_of.setdefault(json.dumps(run, sort_keys=True), folder)
+        if first == folder:
+            kept[folder] = result
+        else:
+            print(f"{folder} is the same run as {first}, seed {result['seed']}; counted once",
+                  file=sys.stderr)
+    return kept
 
 
 def differ_in_seed_alone(results):
     """Whether R results of mixture.json come from the same search, repeated with other seeds."""
-    kinds = []
-    for result in results:
-        kind = {key: value for key, value in result["settings"].items() if key not in NO_MATTER}
-        # by default, sources and targets are what is prepared, which may have changed meanwhile
-        kind["sources"] = list(result["mixture"])
-        kind["target"] = list(result["targets"])
-        kinds.append(kind)
-    return all(kind == kinds[0] for kind in kinds)
+    seeds = {result["seed"] for result in results}
+    same = all(kind_of(result) == kind_of(results[0]) for result in results)
+    return same and len(seeds) == len(results)
 
 
 def seed_table(results):
@@ -201,24 +235,62 @@ def seed_table(results):
         test_loss[f"target {target}"] = [r["targets"][target]["test_loss"] for r in results]
     if len(test_loss) > 1:
         test_loss["mean of the targets"] = [r["test_loss"] for r in results]
+    token = "token"
+    if any(target["learned_only"] for target in results[0]["targets"].values()):
+        token = "learned token"
     for name, values in test_loss.items():
-        lines.append(f"{name}: test loss {np.mean(values):.4f} per token, {min(values):.4f} to "
+        lines.append(f"{name}: test loss {np.mean(values):.4f} per {token}, {min(values):.4f} to "
                      f"{max(values):.4f} over {len(values)} seeds")
     return "\n".join(lines)
 
 
 # ---- pictures ----------------------------------------------------------------------------------
 
+def fonts_for(text):
+    """
+    Names of fonts that have all letters of a text between them, as far as any that is installed
+    here does: matplotlib's own first, which knows no Chinese, for one.
+    """
+    from matplotlib.font_manager import findfont, fontManager
+    from matplotlib.ft2font import FT2Font
+    fonts = ["DejaVu Sans"]
+    missing = set(map(ord, text)) - FT2Font(findfont(fonts[0])).get_charmap().keys()
+    for font in fontManager.ttflist:
+        if not missing:
+            break
+        if font.name.startswith("Last Resort"):  # it has a box for every letter
+            continue
+        with contextlib.suppress(OSError, RuntimeError):  # removed, or damaged
+            found = missing & FT2Font(font.fname).get_charmap().keys()
+            if found:
+                fonts.append(font.name)
+                missing -= found
+    return fonts
+
+
 @contextlib.contextmanager
-def picture(path, height):
-    """`with picture(path, height) as fig:` gives a figure to draw on, then saves it as a PNG."""
-    # Agg draws into memory and needs no display; MPLBACKEND may name a backend that is not here
-    os.environ["MPLBACKEND"] = "agg"
-    import matplotlib.figure  # here, not above: a table or an export does without it
+def picture(path, height, text):
+    """
+    `with picture(path, height, text) as fig:` gives a figure to draw on, then saves it as a PNG;
+    text: all the names in it.
+    """
+    # Imported here, not above: a table or an export does without it. A Figure that is saved as a
+    # PNG is drawn into memory, whatever the backend.
+    if "matplotlib" not in sys.modules:
+        # MPLBACKEND may name a backend that is not here, and matplotlib would refuse to start
+        backend = os.environ.pop("MPLBACKEND", None)
+        import matplotlib
+        if backend:
+            os.environ["MPLBACKEND"] = backend
+            with contextlib.suppress(ValueError):
+                matplotlib.rcParams["backend"] = backend  # for a notebook that draws later
+    import matplotlib.figure
     style = {"axes.spines.top": False, "axes.spines.right": False, "axes.titlelocation": "left",
-             "axes.titlesize": 11, "legend.frameon": False,
+             "axes.titlesize": 11, "legend.frameon": False, "font.family": fonts_for(text),
              "text.usetex": False, "text.parse_math": False}  # a $ in a name is no formula
-    with matplotlib.rc_context(style):
+    with matplotlib.rc_context(style), warnings.catch_warnings():
+        # a letter that no font here has is drawn as a box, and needs no line for each
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")
         fig = matplotlib.figure.Figure((10, height), dpi=110, layout="constrained")
         yield fig
         save_atomically(path, lambda file: fig.savefig(file, format="png"))
@@ -316,7 +388,7 @@ def draw_losses(ax, log, colour):
 
 
 def draw_alignments(ax, log, colour):
-    """How much a step on each source is predicted to lower the target loss."""
+    """A_k: how much lower the trained model's target loss would be with more of each source."""
     lines = [ax.axhline(0, color=GREY, linewidth=0.8)]
     window = len(log["step"]) // 12  # single alignments are noisy
     for name in colour:
@@ -325,7 +397,7 @@ def draw_alignments(ax, log, colour):
     fit_height(ax, lines, skip=1 / 8)
     # the mixture step divides alignments by their root mean square, so their unit does not matter
     ax.set(title="Alignment: high sources gain share",
-           ylabel="⟨P g_val, g_k⟩ (only ratios count)")
+           ylabel="A_k = ⟨P g_val, g_k⟩ (any unit)")
 
 
 def draw_run(folder):
@@ -351,7 +423,7 @@ def draw_run(folder):
     measured = any(np.isfinite(log["alignment"][name]).any() for name in mixture)
 
     path = Path(folder, "mixture.png")
-    with picture(path, height=7.2) as fig:
+    with picture(path, 7.2, "".join([short(folder), *mixture, *log["target_losses"]])) as fig:
         # a fixed mixture has no alignments: its losses get both places below
         below = ["loss", "alignment"] if measured else ["loss", "loss"]
         x_axis = {"xlabel": "training step", "xlim": (log["step"][0], max(log["step"][-1], 1))}
@@ -436,7 +508,8 @@ def draw_comparison(folders, results, same_search):
 
     path = Path(folders[0], "comparison.png")
     # a line of text is 0.2 inches high, that of a source and that of a run
-    with picture(path, height=max(4.6, 0.2 * len(names), 0.2 * len(folders))) as fig:
+    height = max(4.6, 0.2 * len(names), 0.2 * len(folders))
+    with picture(path, height, "".join([*map(short, folders), *names])) as fig:
         left, right = fig.subplots(1, 2)
         draw_bars(left, names, shares, same_search)
         draw_target_losses(right, logs)
@@ -447,7 +520,7 @@ def draw_comparison(folders, results, same_search):
 # Some trainers draw samples of a fixed length; their probabilities are the shares of tokens. Others
 # draw whole examples. A source of long examples would then give more tokens than its share, so the
 # probability of each source is proportional to its share divided by its tokens per document.
-# In each function, p is {source: probability as a text}, and what returns is one text.
+# In each function, p is {source: probability as a text}, and each returns one text.
 
 def export_megatron(p, seed):
     """Megatron-LM: an argument of its command line. Takes fixed-length samples."""
@@ -494,7 +567,7 @@ def decimals(p):
     count = {name: round(share * whole) for name, share in p.items()}
     largest = max(count, key=count.get)
     count[largest] += whole - sum(count.values())  # what rounding left over
-    return {name: f"{n / whole:.{digits}f}" for name, n in count.items()}
+    return {name: f"{n // whole}.{n % whole:0{digits}d}" for name, n in count.items()}
 
 
 def export(trainer, results):
@@ -550,23 +623,28 @@ def main(argv=None):
         for folder in folders:
             if args.export or Path(folder, "mixture.json").exists():
                 results[folder] = read_result(folder)
+        kept = without_copies(results)
+        folders = [folder for folder in folders if folder in kept or folder not in results]
+        ended = list(kept.values())
+        # the tables first: where no picture can be written, they are there
         if args.export:
-            say(export(args.export, results))
+            say(export(args.export, kept))
         elif len(folders) == 1:
-            path = draw_run(folders[0])
-            if folders[0] in results:
-                say(result_table(results[folders[0]], warn=True))
-            say(f"wrote {path}")
+            if ended:
+                say(result_table(ended[0], warn=True))
+            say(f"wrote {draw_run(folders[0])}")
         else:
-            ended = list(results.values())
             same_search = len(ended) == len(folders) and differ_in_seed_alone(ended)
-            path = draw_comparison(folders, results, same_search)
             if same_search:
                 say(seed_table(ended))
-            say(f"wrote {path}")
+            say(f"wrote {draw_comparison(folders, kept, same_search)}")
     except ValueError as error:
         fail(error)
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        signal.signal(signal.SIGINT, on_ctrl_c)
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)

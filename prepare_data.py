@@ -27,6 +27,12 @@ with <|endoftext|> after each document. A set of examples also has SPLIT.mask.bi
 token: 1 if it is learned, 0 if it is only read. SPLIT.sketch.bin holds hashes of lines, by which a
 run finds text that two sets share. TokenSet reads all of this back.
 """
+import signal
+
+if __name__ == "__main__":
+    # until main() starts, Ctrl-C ends the program at once, without a traceback from an import
+    on_ctrl_c = signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import base64
 import collections
@@ -146,7 +152,8 @@ def save_atomically(path, write):
             os.fsync(f.fileno())
         os.replace(partial, path)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a disk that may only be read
+            partial.unlink(missing_ok=True)
         if isinstance(error.__context__, KeyboardInterrupt):  # and a Ctrl-C, too
             raise KeyboardInterrupt from None
         reason = str(error).splitlines()[0]
@@ -1657,13 +1664,26 @@ def write_set_by_value(name, units, tokenizer, taken, args, fractions, origin):
 #     row 2     c c c C C | . .                        d D D | would not fit;
 #     row 3     d D D | . . . .                        what fills a row is never learned
 
+def written_at(folder):
+    """When a set was written, in nanoseconds: tells whether it is still the one that was opened."""
+    return os.stat(folder / "meta.json").st_mtime_ns
+
+
 @functools.lru_cache(maxsize=64)
-def mapped(path, dtype):
-    """The numbers in a file. Only the files used last stay open: a system may allow 256 of them."""
-    if os.path.getsize(path) == 0:  # an empty file cannot be mapped
-        return np.zeros(0, dtype)
-    # a plain array on the same memory: a np.memmap is slower to slice
-    return np.asarray(np.memmap(path, dtype=dtype, mode="r"))
+def mapped(path, dtype, since):
+    """
+    The numbers in a file of a set as it is `since` a time. Only the files used last stay open:
+    a system may allow 256 of them. An open one keeps its numbers if the set is overwritten, but one
+    that is opened again would have the new set's: that ends the program.
+    """
+    numbers = np.zeros(0, dtype)
+    if os.path.getsize(path) > 0:  # an empty file cannot be mapped
+        # a plain array on the same memory: a np.memmap is slower to slice
+        numbers = np.asarray(np.memmap(path, dtype=dtype, mode="r"))
+    if written_at(path.parent) != since:  # asked last, so that nothing can change in between
+        fail(f"{path.parent}/ was overwritten while it was read; prepare it as it was, or start "
+             "again with what is there now")
+    return numbers
 
 
 def places_at(u, n, extra, visible):
@@ -1702,9 +1722,10 @@ class TextSplit:
     the tokens of windows that begin at start (B,) are, (B, T + 1), and whether they may be learned.
     """
 
-    def __init__(self, n_tokens, n_learned, block_size):
+    def __init__(self, n_tokens, n_learned, learned_bytes, block_size):
         self.n_tokens = n_tokens
         self.n_learned = n_learned
+        self.learned_bytes = learned_bytes
         self.block_size = block_size
 
     def available(self):
@@ -1728,10 +1749,11 @@ class TextSplit:
 class PackedSplit:
     """Examples: a window is one of the rows that pack() made of them, and starts where it does."""
 
-    def __init__(self, row_starts, row_ends, n_learned, block_size):
+    def __init__(self, row_starts, row_ends, n_learned, learned_bytes, block_size):
         self.row_starts = row_starts  # (R,)
         self.row_ends = row_ends  # (R,)
-        self.n_learned = n_learned
+        self.n_learned = n_learned  # within the rows
+        self.learned_bytes = learned_bytes
         self.block_size = block_size
 
     def available(self):
@@ -1814,9 +1836,11 @@ class TokenSet:
             there = sorted(meta.parent.name for meta in Path(data_dir).glob("[!.]*/meta.json"))
             command = "python prepare_data.py"
             if name not in SAMPLE:
-                command += f" {name}=PATH"
-            fail(f"no set '{name}' in {data_dir}/ (there: {', '.join(there) or 'none'}); prepare "
-                 f"it with: {command}")
+                command += f" {shlex.quote(name)}=PATH"
+            if str(data_dir) != "data":
+                command += f" --data_dir {shlex.quote(str(data_dir))}"
+            fail(f"no set '{name}' in {data_dir}/ (there: {', '.join(there) or 'none'}); name "
+                 f"another folder with --data_dir, or prepare it with: {command}")
         try:
             self.open()
         except OSError as error:
@@ -1827,6 +1851,7 @@ class TokenSet:
 
     def open(self):
         """Reads meta.json and checks the files against it."""
+        self.written_at = written_at(self.folder)
         self.meta = json.loads((self.folder / "meta.json").read_text())
         self.tokenizer = self.meta["tokenizer"]
         self.vocab_size = self.meta["vocab_size"]
@@ -1844,8 +1869,9 @@ class TokenSet:
 
     def open_split(self, split):
         """-> TextSplit or PackedSplit"""
-        n_tokens = self.meta["splits"][split]["tokens"]
-        n_learned = self.meta["splits"][split].get("learned", n_tokens)
+        counts = self.meta["splits"][split]
+        n_tokens = counts["tokens"]
+        n_learned = counts.get("learned", n_tokens)
         self.check_size(f"{split}.bin", n_tokens, self.dtype)
         self.tokens(split)  # raises now if we may not read the file
         if self.masked:
@@ -1857,7 +1883,8 @@ class TokenSet:
             fail(f"{self.folder}/{split}.bin: {n_tokens} tokens, too short for --block_size "
                  f"{self.block_size} (needs {self.block_size + 1}); give '{self.name}' more text "
                  "or lower --block_size")
-        return TextSplit(n_tokens, n_learned, self.block_size)
+        learned_bytes = counts.get("learned_bytes", counts["bytes"])
+        return TextSplit(n_tokens, n_learned, learned_bytes, self.block_size)
 
     def open_examples(self, split):
         """-> PackedSplit"""
@@ -1871,11 +1898,18 @@ class TokenSet:
         self.n_examples += len(starts)
         self.n_cut += np.count_nonzero(ends - starts > room)
         self.n_left_out += n_left_out
+        # <|endoftext|> has no bytes; all other tokens are taken to have as many each
+        has_bytes = mask.copy()
+        has_bytes[ends - 1] = 0
         n_learned = 0
+        n_with_bytes = 0
         for start, end in zip(row_starts.tolist(), row_ends.tolist()):
             # a row's first token is no target: nothing comes before it
             n_learned += np.count_nonzero(mask[start + 1:end])
-        return PackedSplit(row_starts, row_ends, n_learned, self.block_size)
+            n_with_bytes += np.count_nonzero(has_bytes[start + 1:end])
+        share = n_with_bytes / np.count_nonzero(has_bytes)  # the rest is cut, or left out
+        learned_bytes = share * self.meta["splits"][split]["learned_bytes"]
+        return PackedSplit(row_starts, row_ends, n_learned, learned_bytes, self.block_size)
 
     def fail_damaged(self, what):
         fail(f"{what}; prepare '{self.name}' again with --overwrite")
@@ -1897,11 +1931,11 @@ class TokenSet:
 
     def tokens(self, split):
         """Token ids of a split, (n,)."""
-        return mapped(self.folder / f"{split}.bin", self.dtype)
+        return mapped(self.folder / f"{split}.bin", self.dtype, self.written_at)
 
     def mask(self, split):
         """1 for a token that is learned, 0 for one that is only read, (n,), of a masked set."""
-        return mapped(self.folder / f"{split}.mask.bin", np.dtype(np.uint8))
+        return mapped(self.folder / f"{split}.mask.bin", np.dtype(np.uint8), self.written_at)
 
     def sketch(self, split):
         """The sorted hashes that SplitWriter kept of a split, (n,); none of an earlier version."""
@@ -1932,10 +1966,11 @@ class TokenSet:
         return self.splits[split].fill()
 
     def tokens_per_byte(self, split):
-        """Learned tokens per byte of learned text: turns a loss per token into one per byte."""
-        counts = self.meta["splits"][split]
-        tokens = counts.get("learned", counts["tokens"])
-        return tokens / counts.get("learned_bytes", counts["bytes"])
+        """
+        Learned tokens per byte of learned text, of what a split can show: turns a loss per token
+        into one per byte.
+        """
+        return self.splits[split].n_learned / self.splits[split].learned_bytes
 
     def averages(self):
         """(bytes per token, tokens per document) of all splits; <|endoftext|> is a token."""
@@ -2187,6 +2222,7 @@ def prepare_sample(data_dir):
 
 if __name__ == "__main__":
     try:
+        signal.signal(signal.SIGINT, on_ctrl_c)
         main()
     except KeyboardInterrupt:
         print("\nstopped; the set being written was left out", file=sys.stderr)

@@ -381,6 +381,8 @@ CASES = {
     "unknown target": ([*AB, "--target", "nowhere"], "no set 'nowhere'"),
     "no data at all": (["--data_dir", "nothing", "--sources", "a"], "there: none"),
     "a set of the sample": (["--sources", "a,numpy_tasks"], "with: python prepare_data.py"),
+    "spaces in names": (["--data_dir", "my data", "--sources", "my set"],
+                        "prepare_data.py 'my set'=PATH --data_dir 'my data'"),
     "name given twice": (["--sources", "a,b,a"], "--sources 'a,b,a' names a twice"),
     "target given twice": ([*AB, "--target", "a,a=2"], "--target 'a,a=2' names a twice"),
     "no source": (["--sources", ""], "--sources", "empty name"),
@@ -456,8 +458,16 @@ def test_another_run_is_deleted_as_the_message_says(folder):
     assert result_json(folder / "again")["seed"] == 2
 
 
+def test_resuming_from_another_folder(folder, tmp_path):
+    """data_dir is relative to where the run was started; the message names the flag."""
+    line = refused("fastmix.py", "--resume", "--out_dir", folder / "done", cwd=tmp_path)
+    assert "no set 'a' in data/ (there: none); name another folder with --data_dir" in line
+    shutil.copytree(folder / "done", tmp_path / "moved")
+    run("fastmix.py", "--resume", "--out_dir", "moved", "--data_dir", folder / "data", cwd=tmp_path)
+
+
 def test_parts_of_a_run_are_no_free_folder(folder):
-    """A run that was killed before its first checkpoint, or of which one file was moved away."""
+    """One that was killed while it wrote its first checkpoint, or lost one of its files."""
     for name in ("log.jsonl", "ckpt.pt", "mixture.json"):
         out = folder / f"only-{name}"
         out.mkdir()

@@ -1,10 +1,13 @@
 """plot_mixture.py: tables; export; pictures, whose text is measured; bad input."""
+import errno
 import itertools
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+from decimal import Decimal
 from types import SimpleNamespace
 
 import matplotlib.figure
@@ -13,7 +16,7 @@ import numpy as np
 import pytest
 
 import plot_mixture
-from conftest import ROOT, TINY, refused, run
+from conftest import ROOT, TINY, refused, run, start
 from plot_mixture import read_log, result_table
 
 
@@ -115,13 +118,13 @@ def test_every_line_of_the_table(tmp_path):
         "a                    12,345   0.400   0.300    1.25     2.500",
         "b                     1,000   0.600   0.700   31.00     3.000",
         "final: share of the tokens, average over the last half of the run",
-        "epochs: how often each source is read when 1,000 tokens are drawn by it",
+        "epochs: how often 1,000 tokens, drawn at the final mixture, read a source",
         "val loss: loss per token (nats) on the source's own val split",
         "target t: test loss 1.5000 per learned token, 3.0000 bits per byte; "
         "val loss 4.0000 before, 1.6000 after"]
     assert result_table(result).splitlines() == table
     result["settings"]["train_tokens"] = 25e9
-    assert "when 25,000,000,000 tokens are drawn" in result_table(result)
+    assert "how often 25,000,000,000 tokens, drawn" in result_table(result)
 
 
 def test_several_targets_in_the_table(tmp_path):
@@ -153,8 +156,8 @@ SPLIT = {"a": 0.5, "b": 0.3, "c": 0.2}
     ({"a": 0.95, "b": 0.05}, None, False, []),
     ({"a": 1.0}, None, True, []),
     (SPLIT, {"a": 0.31, "b": 0.3, "c": 0.39}, True, []),
-    (SPLIT, {"a": 0.28, "b": 0.3, "c": 0.42}, True, ["22% of the last one is not in the average"]),
-    ({"a": 0.91, "b": 0.09}, {"a": 0.2, "b": 0.8}, True, ["nearly all", "71% of the last"])])
+    (SPLIT, {"a": 0.28, "b": 0.3, "c": 0.42}, True, ["differs from the average by 22%"]),
+    ({"a": 0.91, "b": 0.09}, {"a": 0.2, "b": 0.8}, True, ["nearly all", "average by 71%"])])
 def test_warning_of_a_search_that_collapsed_or_moves(tmp_path, mixture, last, searched, parts):
     result = write_result(tmp_path / "out", mixture, last, searched=searched)
     stdout = run("plot_mixture.py", "out", cwd=tmp_path)
@@ -188,6 +191,33 @@ def test_seeds_that_agree(tmp_path):
         write_result(tmp_path / f"out-{i}", {"a": 0.6, "b": 0.4}, seed=i)
     stdout = run("plot_mixture.py", "out-0", "out-1", cwd=tmp_path)
     assert "cannot be told apart: none, all seeds give the same order\n" in stdout
+
+
+def test_a_copy_of_a_run_is_no_other_seed(tmp_path):
+    """It counts once, in the table and in an export; of one run and its copy one is left."""
+    write_result(tmp_path / "out-1", {"a": 0.6, "b": 0.4}, seed=1)
+    write_result(tmp_path / "out-2", {"a": 0.3, "b": 0.7}, seed=2)
+    shutil.copytree(tmp_path / "out-1", tmp_path / "copy")
+    write_result(tmp_path / "again", {"a": 0.6, "b": 0.4}, seed=1)  # the same command, run again
+    line = "is the same run as out-1, seed 1; counted once"
+    process = start("plot_mixture.py", "out-1", "copy", "out-2", "again", cwd=tmp_path)
+    stdout, err = process.communicate()
+    assert err.splitlines() == [f"copy {line}", f"again {line}"]
+    assert "over 2 seeds" in stdout
+    assert stdout.splitlines()[1].split() == ["a", "0.450", "0.300", "0.600"]
+    process = start("plot_mixture.py", "out-1", "copy", cwd=tmp_path)
+    stdout, err = process.communicate()
+    assert err.splitlines() == [f"copy {line}"]
+    assert stdout == result_table(plot_mixture.read_result(tmp_path / "out-1")) + (
+        "\nwrote out-1/mixture.png\n")
+    assert shares_of(tmp_path, "mosaic", "out-1", "copy", "out-2") == {"a": 0.45, "b": 0.55}
+
+
+def test_one_seed_with_two_results_is_no_range(tmp_path):
+    """As of a changed fastmix.py: the runs are compared, each by itself."""
+    write_result(tmp_path / "out", {"a": 0.6, "b": 0.4})
+    write_result(tmp_path / "changed", {"a": 0.5, "b": 0.5})
+    assert run("plot_mixture.py", "out", "changed", cwd=tmp_path) == "wrote out/comparison.png\n"
 
 
 def test_runs_that_differ_in_more_are_compared(tmp_path):
@@ -312,6 +342,24 @@ def test_very_long_documents_are_still_drawn(out, trainer):
     assert min(p.values()) > 0 and abs(sum(p.values()) - 1) < 1e-12
     expected = 1e-4 / 0.9999 / 3e9 if trainer in ("hf", "llamafactory") else 1e-4
     assert p["books"] == pytest.approx(expected, rel=0.01)
+
+
+@pytest.mark.parametrize("share", [0.5, 0.0001])
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_probabilities_are_above_0_and_sum_to_1(out, trainer, share):
+    """As they are printed, in decimals. A document of 28 MB, and records of 5 bytes."""
+    lengths = {"news": 28e6, "tweets": 6, "books": 2e5 / 3}
+    mixture = {"news": share, "tweets": 0.7 - share, "books": 0.3}
+    write_result(out / "unlike", mixture, sources=lengths_of(lengths))
+    text = "\n".join(exported(out, trainer, "unlike")[1])
+    printed = [Decimal(number) for number in re.findall(r"\d\.\d{8,}", text)]
+    assert len(printed) == 3 and min(printed) > 0 and sum(printed) == 1
+    if trainer in ("hf", "llamafactory"):
+        per_token = {name: mixture[name] / lengths[name] for name in mixture}
+        expected = [value / sum(per_token.values()) for value in per_token.values()]
+    else:
+        expected = list(mixture.values())
+    assert [float(p) for p in printed] == pytest.approx(expected, rel=0.01)
 
 
 def test_arguments_of_interleave_datasets(out):
@@ -538,6 +586,52 @@ def test_names_that_are_no_formula(tmp_path, monkeypatch):
         assert matplotlib.rcParams["text.usetex"]  # elsewhere it stays as it was
 
 
+def font_with(path, name, letters):
+    """A font file in which each of the letters is a square."""
+    from fontTools.fontBuilder import FontBuilder
+    from fontTools.pens.ttGlyphPen import TTGlyphPen
+    pen = TTGlyphPen(None)
+    for i, point in enumerate(((0, 0), (0, 900), (900, 900), (900, 0))):
+        (pen.lineTo if i else pen.moveTo)(point)
+    pen.closePath()
+    glyphs = dict.fromkeys([".notdef", *(f"u{ord(c)}" for c in letters)], pen.glyph())
+    font = FontBuilder(1000)
+    font.setupGlyphOrder(list(glyphs))
+    font.setupCharacterMap({ord(c): f"u{ord(c)}" for c in letters})
+    font.setupGlyf(glyphs)
+    font.setupHorizontalMetrics(dict.fromkeys(glyphs, (1000, 0)))
+    font.setupHorizontalHeader(ascent=900, descent=-100)
+    font.setupNameTable({"familyName": name, "styleName": "Regular"})
+    font.setupOS2()
+    font.setupPost()
+    font.save(path)
+
+
+def test_names_in_letters_of_another_font(tmp_path, monkeypatch, recwarn):
+    """
+    A font that has them is used beside matplotlib's own; without one they are boxes. Neither prints
+    a warning.
+    """
+    from matplotlib.font_manager import fontManager
+    write_result(tmp_path / "out", {"中文": 0.5, "b": 0.5})
+    known = [font for font in fontManager.ttflist if font.name.startswith(("DejaVu", "Last"))]
+    monkeypatch.setattr(fontManager, "ttflist", known)
+    assert plot_mixture.fonts_for("中文 b") == ["DejaVu Sans"]
+    plot_mixture.draw_run(tmp_path / "out")
+    for name, letters in (("Other", "ABC"), ("First", "文字"), ("Second", "中")):
+        font_with(tmp_path / f"{name}.ttf", name, letters)
+        fontManager.addfont(tmp_path / f"{name}.ttf")
+    (tmp_path / "Second.ttf").rename(tmp_path / "gone.ttf")
+    assert plot_mixture.fonts_for("中文 b") == ["DejaVu Sans", "First"]
+    (tmp_path / "gone.ttf").rename(tmp_path / "Second.ttf")
+    assert plot_mixture.fonts_for("中文 b") == ["DejaVu Sans", "First", "Second"]
+    assert plot_mixture.fonts_for("plain") == ["DejaVu Sans"]
+    boxes = (tmp_path / "out" / "mixture.png").read_bytes()
+    plot_mixture.draw_run(tmp_path / "out")
+    assert (tmp_path / "out" / "mixture.png").read_bytes() != boxes
+    assert not recwarn.list
+
+
 def test_every_panel_says_what_it_shows(tmp_path, monkeypatch):
     write_log(tmp_path / "out")
     write_log(tmp_path / "fixed", searched=False)
@@ -626,6 +720,27 @@ def test_matplotlib_is_loaded_for_pictures_alone(tmp_path):
             assert done.stdout.splitlines()[-1] == loaded
 
 
+IN_A_THREAD = """
+import os, sys, threading, plot_mixture
+thread = threading.Thread(target=plot_mixture.main, args=(["out"],))
+thread.start()
+thread.join()
+import matplotlib
+print(os.environ["MPLBACKEND"], matplotlib.rcParams["backend"])
+"""
+
+
+def test_in_a_notebook_with_tex(tmp_path):
+    """From a thread, with a matplotlibrc that asks for TeX; the backend stays the notebook's."""
+    write_result(tmp_path / "out", {"a_$b": 0.5, "b": 0.5})
+    (tmp_path / "matplotlibrc").write_text("text.usetex: True\n")
+    env = os.environ | {"MPLBACKEND": "module://sys", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", IN_A_THREAD], cwd=tmp_path, env=env,
+                          capture_output=True, text=True)
+    assert done.stderr == ""
+    assert done.stdout.splitlines()[-2:] == ["wrote out/mixture.png", "module://sys module://sys"]
+
+
 # ---- bad input ---------------------------------------------------------------------------------
 
 def test_bad_logs(runs):
@@ -637,7 +752,9 @@ def test_bad_logs(runs):
         (runs / name / "log.jsonl").write_text(text)
     (runs / "bytes").mkdir()
     (runs / "bytes" / "log.jsonl").write_bytes(b"\xff\xfe\n")
-    assert "No such file" in refused("plot_mixture.py", "gone", cwd=runs)
+    line = refused("plot_mixture.py", "gone run", cwd=runs)
+    assert "No such file" in line
+    assert line.endswith("a run of fastmix.py --out_dir 'gone run' writes it")
     assert "still empty" in refused("plot_mixture.py", "empty", cwd=runs)
     for name in ("broken", "words", "list", "null", "short", "bytes"):
         line = refused("plot_mixture.py", name, cwd=runs)
@@ -688,6 +805,25 @@ def test_a_result_of_another_run(tmp_path, monkeypatch, capsys):
     write_result(tmp_path / "out", {"a": 0.5, "c": 0.5})
     line = refused_here(monkeypatch, capsys, tmp_path, "out")
     assert "log.jsonl and mixture.json have different sources" in line
+
+
+def test_a_folder_that_may_only_be_read(tmp_path, monkeypatch, capsys):
+    """The table is printed, then one line; by a stand-in, since root may write everywhere."""
+    write_result(tmp_path / "out", {"a": 0.5, "b": 0.5})
+
+    def read_only(path, *args, **kw):
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+    monkeypatch.setattr("prepare_data.open", read_only, raising=False)
+    monkeypatch.setattr("pathlib.Path.unlink", read_only)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        plot_mixture.main(["out"])
+    out, err = capsys.readouterr()
+    assert ended.value.code == 2
+    assert "target t: test loss 1.5000" in out
+    line, = err.splitlines()
+    assert line.startswith("error: cannot write out/mixture.png ([Errno 30] Read-only file system")
 
 
 def test_a_picture_that_cannot_be_written(tmp_path):

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -17,6 +18,7 @@ import torch
 import torch.nn.functional as F
 
 import fastmix
+import prepare_data
 from conftest import (ROOT, TINY, assert_same, chain_set, example_set, log_rows, markov, refused,
                       result_json, results, run, start, wait_for_step, write_set)
 from model import GPT, GPTConfig
@@ -252,6 +254,31 @@ def test_losses_by_another_way(counted):
         assert source["val_loss"] == pytest.approx(loss_of(name, "val", 256), rel=1e-5)
 
 
+def test_bytes_of_what_is_shown(tmp_path):
+    """
+    Bits per byte divide by the bytes whose tokens are learned: not by those of responses that are
+    cut or left out, of which a fourth is each here.
+    """
+    lengths = [(10, 20), (10, 300), (300, 20), (40, 3)]  # of prompt and response, in bytes
+    records = []
+    for i in range(1200):
+        prompt, response = lengths[i % 4]
+        record = {"prompt": f"{i:04d}".ljust(prompt, "?"), "response": f"{i:03d}".ljust(response)}
+        records.append(json.dumps(record) + "\n")
+    (tmp_path / "qa.jsonl").write_text("".join(records))
+    run("prepare_data.py", "qa=qa.jsonl", cwd=tmp_path)
+    for block_size in (64, 400):
+        data = fastmix.load_sets(tmp_path / "data", ["qa"], [], block_size)["qa"]
+        for split in ("train", "val", "test"):
+            _, y = data.windows(split, data.splits[split].row_starts)
+            n_learned = (y != fastmix.IGNORE).sum()
+            n_bytes = ((y != fastmix.IGNORE) & (y != 256)).sum()
+            assert data.tokens_per_byte(split) == pytest.approx(n_learned / n_bytes, rel=1e-12)
+            counts = data.meta["splits"][split]
+            of_all = counts["learned"] / counts["learned_bytes"]
+            assert (data.tokens_per_byte(split) == pytest.approx(of_all)) == (block_size == 400)
+
+
 def test_what_a_run_prints(synthetic, stdout):
     """The model and the plan, a line per report, the table, and what was written."""
     text = stdout["reference"]
@@ -426,7 +453,8 @@ def test_ctrl_c_says_how_to_resume(synthetic, reference):
     assert process.returncode == 130, (text, err)
     assert err == ""
     lines = [line for line in text.splitlines()[1:] if line and not line.startswith("step ")]
-    assert lines == ["stopped; to resume from the last report, repeat the command with --resume"]
+    assert lines == ["stopped; to resume from the last report, if there is one, repeat the command "
+                     "with --resume"]
     ckpt = torch.load(out / "ckpt.pt", weights_only=True)
     assert 5 <= ckpt["state"]["step"] < 60
     assert not (out / "mixture.json").exists()
@@ -534,6 +562,54 @@ def test_a_damaged_log_costs_the_picture_alone(synthetic, reference):
     stdout = run("fastmix.py", "--resume", "--out_dir", out.name, cwd=synthetic, picture=True)
     assert "drew no picture: log no text/log.jsonl: not what this fastmix.py writes" in stdout
     assert result_json(out)["mixture"] == result_json(reference)["mixture"]
+
+
+def test_a_set_that_is_overwritten_while_it_is_read(tmp_path, capsys):
+    """
+    What is open stays as it was. A file that is opened again, as there are only 64 at a time, would
+    be the new set's: that is refused. A set opened afterwards is the new one.
+    """
+    chain_set(tmp_path / "d", 1)
+    chain_set(tmp_path / "new", 2)
+    os.utime(tmp_path / "new" / "meta.json", ns=(1, 1))  # as a copy may be, it is the older one
+    data = fastmix.load_sets(tmp_path, ["d"], [], 16)["d"]
+    before = data.windows("train", np.array([0, 5]))
+    (tmp_path / "d").rename(tmp_path / "old")
+    (tmp_path / "new").rename(tmp_path / "d")
+    shutil.rmtree(tmp_path / "old")
+    new = fastmix.load_sets(tmp_path, ["d"], [], 16)["d"]
+    for now, then in zip(data.windows("train", np.array([0, 5])), before):
+        assert np.array_equal(now, then)
+    assert not np.array_equal(new.windows("train", np.array([0, 5]))[0], before[0])
+    prepare_data.mapped.cache_clear()
+    with pytest.raises(SystemExit):
+        data.windows("train", np.array([0, 5]))
+    line, = capsys.readouterr().err.splitlines()
+    assert f"{tmp_path}/d/ was overwritten while it was read" in line
+    new.windows("train", np.array([0, 5]))
+
+
+def test_sets_that_are_overwritten_during_a_run(tmp_path):
+    """
+    With 40 sets not all files are kept open. The run ends and can be resumed: the data is the same,
+    only newer.
+    """
+    names = [f"s{k}" for k in range(40)]
+    for k, name in enumerate(names):
+        chain_set(tmp_path / "data" / name, k, n=2000)
+    flags = [*TINY, "--batch_size", 40, "--target_batch_size", 40, "--sources", ",".join(names)]
+    process = start("fastmix.py", *flags, "--max_steps", 10**6, cwd=tmp_path)
+    wait_for_step(process, tmp_path / "out", 5)
+    for name in names:
+        os.utime(tmp_path / "data" / name / "meta.json")
+    _, err = process.communicate()
+    assert process.returncode == 2, err
+    line, = err.splitlines()
+    assert "was overwritten while it was read; prepare it as it was" in line
+    ckpt = torch.load(tmp_path / "out" / "ckpt.pt", weights_only=True)
+    ckpt["args"]["max_steps"] = ckpt["state"]["step"] + 1
+    torch.save(ckpt, tmp_path / "out" / "ckpt.pt")
+    run("fastmix.py", "--resume", cwd=tmp_path)
 
 
 def test_resume_after_any_split_changed(tmp_path):
@@ -657,7 +733,70 @@ def test_a_second_start_beside_a_running_one(synthetic):
     assert "used/ holds another run" in refused("fastmix.py", *flags, cwd=synthetic)
 
 
+# ---- a run that ends before its first checkpoint -------------------------------------------------
+
+def is_free(folder, out):
+    """Nothing of a run is in out_dir, and a new one trains there."""
+    assert not list((folder / out).glob("*"))
+    run("fastmix.py", *BASE, "--max_steps", 1, "--out_dir", out, cwd=folder)
+
+
+def test_compile_without_a_compiler(synthetic, tmp_path):
+    """torch.compile looks for it at the first forward pass: one line."""
+    process = python("fastmix.py", *BASE, "--compile", "--out_dir", "compiled", cwd=synthetic,
+                     env=os.environ | {"CXX": "none", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)})
+    _, err = process.communicate(timeout=150)
+    assert process.returncode == 2, err
+    line, = err.decode().splitlines()
+    assert line.startswith("error: --compile: ")
+    assert line.endswith("leave --compile out")
+    is_free(synthetic, "compiled")
+
+
+@pytest.mark.parametrize("what", ["log", "checkpoint"])
+def test_a_disk_that_is_full_from_the_start(synthetic, reference, what):
+    """For the first row of the log, or for the checkpoint after it."""
+    limit = {"log": 100, "checkpoint": 5000}[what]
+    assert (reference / "log.jsonl").stat().st_size > 100
+    line = refused("fastmix.py", *BASE, "--out_dir", f"full {what}", cwd=synthetic,
+                   limit=(resource.RLIMIT_FSIZE, limit))
+    assert "File too large" in line or "cannot write" in line
+    is_free(synthetic, f"full {what}")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_stopped_before_the_first_report(synthetic, number):
+    """The first evaluation takes a while; meanwhile nothing is in out_dir."""
+    out = f"stopped by {number}"
+    endless = ["--eval_tokens", 10**6, "--n_layer", 8, "--n_embd", 256]
+    process = start("fastmix.py", *BASE, *endless, "--out_dir", out, cwd=synthetic)
+    while "parameters" not in process.stdout():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    process.send_signal(number)
+    text, err = process.communicate()
+    assert process.returncode == (130 if number == signal.SIGINT else -number), (text, err)
+    assert err == ""
+    is_free(synthetic, out)
+
+
 # ---- what goes wrong on the way ------------------------------------------------------------------
+
+@pytest.mark.parametrize("script", ["fastmix.py", "prepare_data.py", "plot_mixture.py"])
+@pytest.mark.parametrize("package", ["argparse", "numpy"])
+def test_ctrl_c_during_the_imports(tmp_path, script, package):
+    """
+    A package that the program imports sends the signal: nothing is printed. (A shell says 130 of a
+    process that a SIGINT ended.)
+    """
+    (tmp_path / f"{package}.py").write_text("import os, time\nos.kill(os.getpid(), 2)\n"
+                                            "time.sleep(60)\n")
+    process = python(script, "--help", cwd=tmp_path, stdout=subprocess.PIPE,
+                     env=os.environ | {"PYTHONPATH": str(tmp_path), "PYTHONSAFEPATH": "1"})
+    assert process.communicate(timeout=60) == (b"", b"")
+    assert process.returncode == -signal.SIGINT
+
+
 
 def test_a_run_that_diverges_keeps_its_checkpoint(synthetic):
     """At the first report, or at once: the last good checkpoint is that of the start."""
