@@ -18,12 +18,14 @@ where zstandard is installed (Python 3.14 needs nothing), as .zst. Of a folder, 
 is left out and named. Text is streamed, so that memory stays flat however long it is; only a JSON
 array is read as a whole.
 
-Documents, not tokens, are divided over train, val and test, by a hash of their content: a document
-goes to the same split in whatever set it is. One of over 32,768 characters is divided by the page.
+Documents, not tokens, are divided over train, val and test, by a hash of their text without white
+space: a document goes to the same split in whatever set it is. One of over 32,768 characters is
+divided by the page.
 
 The .bin files are nanoGPT's: token ids in a row, uint16 (uint32 if there are more than 65,536),
 with <|endoftext|> after each document. A set of examples also has SPLIT.mask.bin, one uint8 per
-token: 1 if it is learned, 0 if it is only read. TokenSet reads all of this back.
+token: 1 if it is learned, 0 if it is only read. SPLIT.sketch.bin holds hashes of lines, by which a
+run finds text that two sets share. TokenSet reads all of this back.
 """
 import signal
 
@@ -40,7 +42,6 @@ import functools
 import glob
 import gzip
 import hashlib
-import heapq
 import importlib.util
 import inspect
 import io
@@ -69,8 +70,11 @@ WHOLE = 32_768
 PAGE = 4096
 # With fewer documents or pages than this a split may stay empty by chance, so each then gets one.
 FEW = 200
-# How many hashes of documents meta.json keeps for each split, to find text that two sets share.
-SKETCH = 1024
+# How many hashes of its lines a split keeps, at most, to find text that two sets share: 16 MB.
+SKETCH = 2**21
+LINE = 20  # characters that a line must have, without white space, to be one of them
+BYTE_ORDER_MARK = "\ufeff"
+BATCH = 2**19  # characters that a thread tokenizes at a time
 
 SAMPLE_SOURCES = ("python", "cpp", "prose", "math", "legal", "noise")
 SAMPLE_TARGETS = ("numpy", "numpy_tasks")
@@ -485,6 +489,24 @@ def value_at(record, key):
     return str(value)
 
 
+IN_THREAD = threading.local()
+
+
+def in_this_thread(tokenizer):
+    """
+    A copy of a tiktoken.Encoding for the thread that calls. The first thread that uses one is
+    served fastest, and where others use it as well all of them are several times slower.
+    """
+    import tiktoken
+    if getattr(IN_THREAD, "name", None) != tokenizer.name:
+        IN_THREAD.name = tokenizer.name
+        # tiktoken's README copies encodings by these fields
+        IN_THREAD.tokenizer = tiktoken.Encoding(
+            tokenizer.name, pat_str=tokenizer._pat_str, mergeable_ranks=tokenizer._mergeable_ranks,
+            special_tokens=tokenizer._special_tokens)
+    return IN_THREAD.tokenizer
+
+
 # ---- which files are read ------------------------------------------------------------------------
 # A path on the command line is a file, a folder or a glob. Its files hold JSON records, or a text
 # each. In a folder other files are left out and counted; a file that the user named is an error.
@@ -770,7 +792,8 @@ class Unit(NamedTuple):
 
 def pages(stream):
     """An open text, as a whole or, if it is long, in pages that end with a line if one is near."""
-    text = stream.read(WHOLE + 1)
+    text = stream.read(1).removeprefix(BYTE_ORDER_MARK)
+    text += stream.read(WHOLE + 1 - len(text))
     if len(text) <= WHOLE:
         if text.strip():
             yield text
@@ -846,11 +869,14 @@ class Progress:
         self.started = time.time()
         self.printed = self.started
 
-    def show(self, done):
+    def show(self, file, before=0):
+        """file is read, after `before` bytes of other files. Asking where it is comes last: a call
+        of the system for each unit would make the threads that tokenize wait for each other."""
         now = time.time()
         if now - self.printed < 2:
             return
         self.printed = now
+        done = before + file.tell()
         rate = max(1, done / (now - self.started))
         say(f"    {done / 1e6:,.0f} of {self.total / 1e6:,.0f} MB, {rate / 1e6:.1f} MB/s, "
             f"{(self.total - done) / rate:.0f} s left")
@@ -878,7 +904,7 @@ def own_units(name, files, args):
                         fail(f"{path}{where}: it is of the schema {unit.schema}, but what comes "
                              f"before it is of {schema}; prepare them as two sets")
                     yield unit
-                    progress.show(bytes_before + raw.tell())
+                    progress.show(raw, bytes_before)
         except BadFile as error:
             fail(error)
         except (OSError, *DAMAGED) as error:
@@ -1065,7 +1091,7 @@ class TokenFile:
         self.hash = hashlib.sha256()
 
     def append(self, values):
-        data = np.asarray(values, dtype=self.dtype).tobytes()
+        data = np.ascontiguousarray(values, dtype=self.dtype)
         self.hash.update(data)
         self.file.write(data)
 
@@ -1081,94 +1107,247 @@ class TokenFile:
             self.file.close()
 
 
-class SplitWriter:
-    """One split's tokens and, for examples, its mask; with counts and a sketch for meta.json."""
+class Encoded(NamedTuple):
+    """What the units of a batch add to one split."""
+    ids: np.ndarray  # (n,), with <|endoftext|>
+    mask: np.ndarray  # (n,), or None for text
+    n_documents: int
+    n_bytes: int
+    n_learned_bytes: int
+    hashes: np.ndarray  # of lines; see line_hashes()
 
-    def __init__(self, folder, split, tokenizer, dtype, masked):
-        self.tokenizer = tokenizer
+
+class SplitWriter:
+    """One split's tokens and, for examples, its mask; with counts for meta.json and a sketch."""
+
+    def __init__(self, folder, split, dtype, masked):
         self.tokens = TokenFile(folder / f"{split}.bin", dtype)
         self.mask = None
+        self.sketch_file = TokenFile(folder / f"{split}.sketch.bin", np.uint64)
         self.counts = {"tokens": 0, "bytes": 0, "documents": 0}
         if masked:
             self.mask = TokenFile(folder / f"{split}.mask.bin", np.uint8)
             self.counts |= {"learned": 0, "learned_bytes": 0}
-        self.sketch = set()  # of hashes
-        self.end_is_learned = True  # whether the last part that was written is
+        self.sketch = np.zeros(0, np.uint64)  # the SKETCH smallest hashes, sorted
+        self.new_hashes = []  # arrays that are to be merged into it
 
-    def write(self, parts):
-        """Adds a unit. Its parts are tokenized as one text, since that is what a model will see."""
-        # JSON can hold halves of characters (lone surrogates), which no tokenizer can encode.
-        raw = [text.encode("utf-8", "replace") for text, _ in parts]
-        text = b"".join(raw).decode()
-        # Text that spells <|endoftext|> is text like any other: nothing is special, nor an error.
-        ids = self.tokenizer.encode_to_numpy(text, disallowed_special=())
-        self.tokens.append(ids)
-        self.counts["tokens"] += len(ids)
-        self.counts["bytes"] += sum(map(len, raw))
-        self.end_is_learned = parts[-1][1]
+    def write(self, encoded):
+        self.tokens.append(encoded.ids)
+        self.counts["tokens"] += len(encoded.ids)
+        self.counts["bytes"] += encoded.n_bytes
+        self.counts["documents"] += encoded.n_documents
         if self.mask:
-            self.write_mask(ids, raw, [learned for _, learned in parts])
+            self.mask.append(encoded.mask)
+            self.counts["learned"] += int(encoded.mask.sum())
+            self.counts["learned_bytes"] += encoded.n_learned_bytes
+        self.add_to_sketch(encoded.hashes)
 
-    def write_mask(self, ids, raw, learned):
-        """
-        A token is learned if any of its bytes is. One that straddles the boundary between a prompt
-        and a response is what the model has to say after the prompt's whole tokens.
+    def add_to_sketch(self, hashes):
+        """Keeps the smallest hashes; sorting them only now and then is faster."""
+        if len(self.sketch) == SKETCH:
+            hashes = hashes[hashes < self.sketch[-1]]
+        self.new_hashes.append(hashes)
+        if sum(map(len, self.new_hashes)) > SKETCH // 4:
+            self.merge_sketch()
 
-            text                r e a d  l e a r n e d
-            byte_is_learned     0 0 0 0  1 1 1 1 1 1 1
-            tokens              [re][ad  l][ear][ned]      begin at bytes 0, 2, 5, 8
-            mask                 0    1     1    1
-        """
-        byte_is_learned = np.repeat(learned, [len(part) for part in raw])
-        token_lengths = [len(self.tokenizer.decode_single_token_bytes(i)) for i in ids.tolist()]
-        token_starts = np.cumsum([0, *token_lengths[:-1]])
-        # reduceat() combines the bytes from each start up to the next one
-        mask = np.logical_or.reduceat(byte_is_learned, token_starts)
-        self.mask.append(mask)
-        self.counts["learned"] += int(mask.sum())
-        self.counts["learned_bytes"] += int(byte_is_learned.sum())
-
-    def end_document(self):
-        """Adds <|endoftext|>, which is learned if the text before it is."""
-        self.tokens.append([self.tokenizer.eot_token])
-        self.counts["tokens"] += 1
-        self.counts["documents"] += 1
-        if self.mask:
-            self.mask.append([self.end_is_learned])
-            self.counts["learned"] += self.end_is_learned
-
-    def add_to_sketch(self, hashed):
-        """Keeps the SKETCH smallest hashes; cutting only now and then is faster."""
-        self.sketch.add(hashed)
-        if len(self.sketch) > 4 * SKETCH:
-            self.sketch = set(heapq.nsmallest(SKETCH, self.sketch))
+    def merge_sketch(self):
+        # np.unique() would do the same with a hash table, a hundred times slower
+        hashes = np.sort(np.concatenate([self.sketch, *self.new_hashes]))
+        is_new = np.diff(hashes, prepend=~hashes[:1]) != 0
+        self.sketch = hashes[is_new][:SKETCH]
+        self.new_hashes = []
 
     def finish(self):
         """Returns what meta.json says about the split, once everything is on the disk."""
         self.counts["sha256"] = self.tokens.finish()
         if self.mask:
             self.counts["mask_sha256"] = self.mask.finish()
-        self.counts["sketch"] = " ".join(heapq.nsmallest(SKETCH, self.sketch))
+        self.merge_sketch()
+        self.sketch_file.append(self.sketch)
+        self.sketch_file.finish()
+        self.counts["sketch"] = len(self.sketch)
         return self.counts
 
     def close(self):
         """Closes the files; after finish(), or to give up."""
         self.tokens.close()
+        self.sketch_file.close()
         if self.mask:
             self.mask.close()
 
 
+class Encoder:
+    """Tokenizes batches, in several threads at a time: it changes nothing of its own."""
+
+    def __init__(self, tokenizer, dtype, masked):
+        self.tokenizer = tokenizer
+        self.dtype = dtype
+        self.masked = masked
+        self.token_lengths = None  # (vocab_size,) in bytes
+        if masked:
+            self.token_lengths = np.zeros(tokenizer.n_vocab, np.int64)
+            for i in range(tokenizer.n_vocab):
+                with contextlib.suppress(KeyError):  # some vocabularies have gaps
+                    self.token_lengths[i] = len(tokenizer.decode_single_token_bytes(i))
+
+    def encode(self, raw):
+        """UTF-8 -> token ids"""
+        if self.tokenizer.name == "bytes":  # its ids are the bytes
+            return np.frombuffer(raw, np.uint8)
+        # Text that spells <|endoftext|> is text like any other: nothing is special, nor an error.
+        tokenizer = in_this_thread(self.tokenizer)
+        return tokenizer.encode_to_numpy(raw.decode(), disallowed_special=())
+
+    def encode_batch(self, batch):
+        """[(unit, its split, whether <|endoftext|> follows)] -> {split: Encoded}"""
+        by_split = {}
+        for unit, split, ends_document in batch:
+            by_split.setdefault(split, []).append((unit.parts, ends_document))
+        return {split: self.encode_units(units, split) for split, units in by_split.items()}
+
+    def encode_units(self, units, split):
+        """
+        [(parts, whether <|endoftext|> follows)] of a split -> Encoded. The parts of a unit are
+        tokenized as one text, since that is what a model will see.
+        """
+        end = np.array([self.tokenizer.eot_token])
+        ids = []  # an array for each unit, and for each <|endoftext|>
+        texts = []  # the UTF-8 of each unit
+        lengths = []  # in bytes, of each part
+        learned = []  # whether each part is
+        n_learned_bytes = 0
+        for parts, ends_document in units:
+            raw = utf8(parts)
+            texts.append(b"".join(raw))
+            ids.append(self.encode(texts[-1]))
+            if self.masked:
+                part_lengths = [len(part) for part in raw]
+                lengths += part_lengths
+                learned += [is_learned for _, is_learned in parts]
+                n_learned_bytes += sum(n for n, (_, yes) in zip(part_lengths, parts) if yes)
+            if ends_document:
+                ids.append(end)
+                # <|endoftext|> is learned if the text before it is
+                if self.masked:
+                    lengths.append(self.token_lengths[self.tokenizer.eot_token])
+                    learned.append(learned[-1])
+        ids = np.concatenate(ids, dtype=self.dtype, casting="unsafe")
+        mask = None
+        if self.masked:
+            mask = token_mask(self.token_lengths[ids], lengths, learned)
+        n_documents = sum(ends_document for _, ends_document in units)
+        hashes = line_hashes(texts, with_single_lines=split == "train")
+        return Encoded(ids, mask, n_documents, sum(map(len, texts)), n_learned_bytes, hashes)
+
+
+def utf8(parts):
+    """The texts of parts, as bytes. JSON can hold halves of characters (lone surrogates), which no
+    tokenizer can encode: they become question marks."""
+    return [text.encode("utf-8", "replace") for text, _ in parts]
+
+
+def token_mask(token_lengths, part_lengths, learned):
+    """
+    Lengths in bytes of tokens (n,) and of the parts they spell, and whether each part is learned ->
+    whether each token is, (n,) bool: it is if any of its bytes is. A token that straddles the
+    boundary between a prompt and a response is what the model has to say after the prompt's whole
+    tokens.
+
+        text                r e a d  l e a r n e d
+        byte_is_learned     0 0 0 0  1 1 1 1 1 1 1
+        tokens              [re][ad  l][ear][ned]      begin at bytes 0, 2, 5, 8
+        mask                 0    1     1    1
+    """
+    byte_is_learned = np.repeat(learned, part_lengths)
+    token_starts = np.cumsum(token_lengths) - token_lengths
+    # reduceat() combines the bytes from each start up to the next one
+    return np.logical_or.reduceat(byte_is_learned, token_starts)
+
+
+# ---- which text two sets share -------------------------------------------------------------------
+# The same text may come in another dress: with other line ends, below a header, in the middle of a
+# file of many documents. So its lines are compared, without white space: by two in a row, since
+# unrelated texts do share single ones (imports, the words of a licence).
+#
+# Of a large split not all hashes are kept but the smallest ones. Which ones these are depends on
+# the text only, so any two splits can be compared, on the hashes that both of them would keep.
+
+HASH_BASE = 0x9E3779B97F4A7C15  # odd, so that it has an inverse modulo 2**64
+
+
+def mixed(hashes):
+    """uint64 (n,) -> the same many, of which each bit depends on all bits."""
+    hashes = hashes ^ (hashes >> np.uint64(32))
+    hashes = hashes * np.uint64(HASH_BASE)
+    return hashes ^ (hashes >> np.uint64(29))
+
+
+# A number for each byte. None for what ends a line or a unit, so that line ends do not count.
+BYTE_CODES = mixed(np.arange(1, 257, dtype=np.uint64) * np.uint64(HASH_BASE))
+BYTE_CODES[[0, ord("\n")]] = 0
+
+
+@functools.lru_cache(maxsize=4)
+def powers(base, n):
+    """1, base, base**2, ... modulo 2**64, (n,) uint64"""
+    factors = np.full(n, base, np.uint64)
+    factors[0] = 1
+    return np.cumprod(factors)
+
+
+def line_hashes(units, with_single_lines):
+    """
+    Texts of units (in UTF-8) -> hashes of their neighbouring lines, two by two, (n,) uint64. Where
+    a sentence ends a line does, too, and lines of fewer than LINE characters are passed over. A
+    unit with one line gives the hash of this line, and one without any the hash of all its text.
+
+    With single lines, the hash of each line is there, too: a short document may be a line of
+    another text.
+
+    All lines are hashed at once. A line's hash is a polynomial in HASH_BASE, modulo 2**64, with
+    the codes of its bytes as coefficients: what the sum over all bytes gains from the line's start
+    to its end, divided by the power at which the line starts.
+    """
+    codes = np.frombuffer(b"\0" + b"\0".join(units) + b"\0", np.uint8).copy()
+    codes[1:][(codes[:-1] == ord(".")) & (codes[1:] == ord(" "))] = ord("\n")
+    codes = codes[(codes > ord(" ")) | (codes == ord("\n")) | (codes == 0)]
+    table_size = max(2 * BATCH, 1 << len(codes).bit_length())  # few sizes, so that tables are kept
+    sums = BYTE_CODES[codes]
+    sums *= powers(HASH_BASE, table_size)[:len(codes)]
+    np.cumsum(sums, out=sums)
+    shifts = powers(pow(HASH_BASE, -1, 2**64), table_size)
+
+    # What is hashed lies between two bounds, at which the text has \0 or \n.
+    def hashes_between(start, end):
+        return mixed((sums[end] - sums[start]) * shifts[start])
+
+    unit_bounds = np.flatnonzero(codes == 0)
+    bounds = np.flatnonzero((codes == 0) | (codes == ord("\n")))
+    is_long = np.diff(bounds) > LINE
+    starts = bounds[:-1][is_long]
+    lines = hashes_between(starts, bounds[1:][is_long])
+    unit = np.searchsorted(unit_bounds, starts, side="right") - 1  # which one each line is in
+    lines_of_unit = np.bincount(unit, minlength=len(unit_bounds) - 1)
+    in_a_row = unit[1:] == unit[:-1]
+    pairs = mixed(lines[:-1] * np.uint64(HASH_BASE) + lines[1:])[in_a_row]
+    if not with_single_lines:
+        lines = lines[lines_of_unit[unit] == 1]
+    without = lines_of_unit == 0
+    whole = hashes_between(unit_bounds[:-1][without], unit_bounds[1:][without])
+    return np.concatenate([pairs, lines, whole])
+
+
+# ---- a set's documents over its splits -----------------------------------------------------------
+
 def place(parts, seed):
     """
-    A unit's parts -> (a hash of its text, its place in [0, 1) under a seed). Neither depends on the
-    set in which it is, so that a text goes to the same split in all of them.
+    A unit's parts -> its place in [0, 1) under a seed: a hash of its text without white space. It
+    does not depend on the set, so that a text goes to the same split in all of them.
     """
-    text = "".join(text for text, _ in parts)
-    digest = hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=12).hexdigest()
-    # 24 digits: the first half is the hash, the second half a number below 2**48
-    fraction = int(digest[12:], 16) / 2**48
-    # The golden ratio's fraction turns the circle of places by another angle for each seed.
-    return digest[:12], (fraction + 0.618034 * seed) % 1
+    text = b"".join(utf8(parts)).replace(BYTE_ORDER_MARK.encode(), b"")
+    text = text.translate(None, b" \t\n\r\v\f")
+    digest = hashlib.blake2b(text, digest_size=6, key=seed.to_bytes(8, "little")).digest()
+    return int.from_bytes(digest, "little") / 2**48
 
 
 def split_bounds(name, first, seed, fractions):
@@ -1182,7 +1361,7 @@ def split_bounds(name, first, seed, fractions):
     """
     val_end = fractions[0]
     test_start = 1 - fractions[1]
-    places = sorted({place(unit.parts, seed)[1] for unit in first})
+    places = sorted({place(unit.parts, seed) for unit in first})
     if len(places) < FEW:  # all there are, or many are alike
         if len(places) < 3:
             fail(f"{name}: {len(places)} different documents (pages, where one has over {WHOLE:,} "
@@ -1192,26 +1371,69 @@ def split_bounds(name, first, seed, fractions):
     return val_end, test_start
 
 
-def write_splits(writers, units, seed, val_end, test_start):
-    """Sends each unit to its split's writer. Returns the number of documents."""
-    n_documents = 0
-    previous = None  # the writer of the unit before this one
-    for unit in units:
-        hashed, at = place(unit.parts, seed)
+def placed_units(units, seed, val_end, test_start):
+    """
+    Yields (unit, its split, whether <|endoftext|> follows): it ends a document, and also a page
+    whose next page goes to another split.
+    """
+    unit = None
+    split = None
+    for following in units:
+        at = place(following.parts, seed)
+        split_of_following = "train"
         if at < val_end:
-            writer = writers["val"]
+            split_of_following = "val"
         elif at >= test_start:
-            writer = writers["test"]
-        else:
-            writer = writers["train"]
-        # <|endoftext|> ends a document, and also a page whose next page goes to another split.
-        if previous and (unit.starts_document or writer is not previous):
-            previous.end_document()
-        writer.write(unit.parts)
-        writer.add_to_sketch(hashed)
-        n_documents += unit.starts_document
-        previous = writer
-    previous.end_document()
+            split_of_following = "test"
+        if unit:
+            yield unit, split, following.starts_document or split_of_following != split
+        unit = following
+        split = split_of_following
+    yield unit, split, True
+
+
+def batches_of(placed):
+    """Lists of what placed_units() yields, of about BATCH characters each."""
+    batch = []
+    n_chars = 0
+    for item in placed:
+        batch.append(item)
+        n_chars += sum(len(text) for text, _ in item[0].parts)
+        if n_chars >= BATCH:
+            yield batch
+            batch = []
+            n_chars = 0
+    if batch:
+        yield batch
+
+
+@functools.lru_cache(maxsize=1)
+def threads(workers):
+    """The same threads for all sets, since each has a tokenizer of its own."""
+    return concurrent.futures.ThreadPoolExecutor(workers)
+
+
+def write_splits(writers, encoder, placed, workers):
+    """
+    Tokenizes units in threads and writes them in order, so that the files do not depend on the
+    number of threads. (tiktoken and numpy let other threads of Python work.) Returns the number of
+    documents.
+    """
+    n_documents = 0
+    waiting = collections.deque()  # futures, the oldest first
+
+    def write_oldest():
+        for split, encoded in waiting.popleft().result().items():
+            writers[split].write(encoded)
+
+    for batch in batches_of(placed):
+        n_documents += sum(unit.starts_document for unit, _, _ in batch)
+        waiting.append(threads(workers).submit(encoder.encode_batch, batch))
+        # a few more than are worked on, so that no thread waits for text
+        if len(waiting) > 2 * workers:
+            write_oldest()
+    while waiting:
+        write_oldest()
     return n_documents
 
 
@@ -1307,9 +1529,11 @@ def write_set(name, units, tokenizer, args, fractions, origin):
         if final.exists() and not args.overwrite:  # another program wrote it in the meantime
             fail(f"{final} exists; choose another name or add --overwrite")
         for split in SPLITS:
-            writers[split] = SplitWriter(partial, split, tokenizer, dtype, schema != "text")
+            writers[split] = SplitWriter(partial, split, dtype, schema != "text")
+        encoder = Encoder(tokenizer, dtype, schema != "text")
         units = itertools.chain(first, units)
-        n_documents = write_splits(writers, units, args.seed, val_end, test_start)
+        placed = placed_units(units, args.seed, val_end, test_start)
+        n_documents = write_splits(writers, encoder, placed, args.workers)
         splits = {split: writer.finish() for split, writer in writers.items()}
         check_splits(name, splits, n_documents)
         meta = {
@@ -1406,7 +1630,7 @@ def sorted_units(path):
     with open(path, "rb") as lines:
         for line in lines:
             yield Unit(*json.loads(line))
-            progress.show(lines.tell())
+            progress.show(lines)
 
 
 def write_set_by_value(name, units, tokenizer, taken, args, fractions, origin):
@@ -1713,6 +1937,14 @@ class TokenSet:
         """1 for a token that is learned, 0 for one that is only read, (n,), of a masked set."""
         return mapped(self.folder / f"{split}.mask.bin", np.dtype(np.uint8), self.written_at)
 
+    def sketch(self, split):
+        """The sorted hashes that SplitWriter kept of a split, (n,); none of an earlier version."""
+        n = self.meta["splits"][split].get("sketch", 0)
+        if not isinstance(n, int) or n == 0:
+            return np.zeros(0, np.uint64)
+        self.check_size(f"{split}.sketch.bin", n, np.dtype(np.uint64))
+        return mapped(self.folder / f"{split}.sketch.bin", np.dtype(np.uint64))
+
     def examples(self, split):
         """Where examples start and end, (E,) and (E,): the last token of each is <|endoftext|>."""
         ends = np.flatnonzero(self.tokens(split) == self.meta["eot_token"]) + 1
@@ -1796,22 +2028,18 @@ def gather(sets, split, source, u):
 
 def overlap(some, others):
     """
-    About the share of one split's documents that another one holds too. Both are given by their
-    counts in meta.json, of which the sketch is used: the SKETCH smallest hashes of the documents
-    (a bottom-k sketch). Which documents these are does not depend on the split, so that two splits
-    are compared on the same sample of documents.
+    About the share of the lines of one split that another one holds too, from the sketches of both:
+    sorted hashes (n,) uint64, the SKETCH smallest ones of all lines (a bottom-k sketch).
     """
-    sketch = some.get("sketch", "").split()
-    other_sketch = others.get("sketch", "").split()
-    # A full sketch knows the hashes up to its largest one, any other sketch knows all there are.
-    known_up_to = "g"  # beyond any hash, whose digits are 0 to f
-    for hashes in (sketch, other_sketch):
-        if len(hashes) == SKETCH:
-            known_up_to = min(known_up_to, hashes[-1])
-    compared = {hashed for hashed in sketch if hashed <= known_up_to}
-    if not compared:
+    for sketch in (some, others):
+        # A full sketch knows the hashes up to its largest one, any other one knows all there are.
+        if len(sketch) == SKETCH:
+            some = some[some <= sketch[-1]]
+    if len(some) == 0 or len(others) == 0:
         return 0.0
-    return len(compared & set(other_sketch)) / len(compared)
+    at = np.searchsorted(others, some)
+    at = np.minimum(at, len(others) - 1)  # behind the last one
+    return np.mean(others[at] == some)
 
 
 def load_sets(data_dir, names, targets, block_size):
@@ -1840,11 +2068,10 @@ def load_sets(data_dir, names, targets, block_size):
                 "left out")
 
     for target, name, split in itertools.product(targets, names, ("val", "test")):
-        train = sets[name].meta["splits"]["train"]
-        share = overlap(sets[target].meta["splits"][split], train)
+        share = overlap(sets[target].sketch(split), sets[name].sketch("train"))
         if share >= 0.005:  # less would print as 0%
             say(f"warning: about {share:.0%} of the {split} split of target {target} is in the "
-                f"train split of source {name}")
+                f"train split of source {name} (in pairs of neighbouring lines)")
     return sets
 
 
@@ -1874,6 +2101,8 @@ def parse_args(argv):
     g("--test_fraction", type=float, default=0.05,
       help="share of documents in test (default: %(default)s)")
     g("--seed", type=int, default=1337, help="of the split and of `noise` (default: %(default)s)")
+    g("--workers", type=int, default=os.cpu_count() or 1,
+      help="threads that tokenize; the files do not depend on it (default: all cores)")
     g("--overwrite", action="store_true", help="replace prepared sets of the same name")
     args = parser.parse_args(argv)
     # A shell leaves the ~ in --data_dir=~/x as it is.
@@ -1886,6 +2115,10 @@ def parse_args(argv):
     if not (smallest > 0 and args.val_fraction + args.test_fraction < 1):
         fail(f"--val_fraction {args.val_fraction} and --test_fraction {args.test_fraction} must be "
              "above 0 and leave something to train on")
+    if not 0 <= args.seed < 2**63:
+        fail(f"--seed must be a number from 0 to {2**63 - 1}")
+    if not 1 <= args.workers <= 1024:
+        fail(f"--workers {args.workers} must be from 1 to 1024")
     if bool(args.prompt_key) != bool(args.response_key) or (args.text_key and args.prompt_key):
         fail("--prompt_key and --response_key go together, and not with --text_key")
     return args
