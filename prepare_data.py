@@ -1943,7 +1943,7 @@ class TokenSet:
         if not isinstance(n, int) or n == 0:
             return np.zeros(0, np.uint64)
         self.check_size(f"{split}.sketch.bin", n, np.dtype(np.uint64))
-        return mapped(self.folder / f"{split}.sketch.bin", np.dtype(np.uint64))
+        return mapped(self.folder / f"{split}.sketch.bin", np.dtype(np.uint64), self.written_at)
 
     def examples(self, split):
         """Where examples start and end, (E,) and (E,): the last token of each is <|endoftext|>."""
