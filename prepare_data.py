@@ -68,7 +68,7 @@ IGNORE = -1  # a target of this value is not learned, and counts in no loss
 # A document of more than WHOLE characters is divided by the page, of PAGE characters or a bit more.
 WHOLE = 32_768
 PAGE = 4096
-# With fewer documents or pages than this a split may stay empty by chance, so each then gets one.
+# With fewer documents or pages val and test may stay empty by chance, so each then gets one.
 FEW = 200
 # How many hashes of its lines a split keeps, at most, to find text that two sets share: 16 MB.
 SKETCH = 2**21
@@ -156,7 +156,7 @@ def save_atomically(path, write):
             partial.unlink(missing_ok=True)
         if isinstance(error.__context__, KeyboardInterrupt):  # and a Ctrl-C, too
             raise KeyboardInterrupt from None
-        reason = str(error).splitlines()[0]
+        reason = str(error).partition("\n")[0]
         fail(f"cannot write {path} ({reason}); what was there before is unharmed. Mend that, then "
              "start again (fastmix.py with --resume)")
 
@@ -233,7 +233,7 @@ def get_tokenizer(name):
     except concurrent.futures.TimeoutError:
         reason = f"no answer in {NETWORK_TIMEOUT} s"
     except Exception as error:  # any of requests' many errors; a ValueError for an unknown name
-        reason = f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:140]
     fail(f"--tokenizer {name} cannot be loaded ({reason}); use --tokenizer bytes, which needs no "
          "network, or set TIKTOKEN_CACHE_DIR to a folder that holds its files")
 
@@ -382,8 +382,9 @@ def read_pair(record, prompt_key, response_key, notes):
     prompt = record[prompt_key]
     response = record[response_key]
     if not isinstance(response, (list, dict)):
-        # two texts
-        texts = [before, text_of(prompt, notes)]
+        # two texts, or turns and a text
+        prompt = background(prompt, notes) if is_chat(prompt) else text_of(prompt, notes)
+        texts = [before, prompt]
         if prompt_key == "instruction":
             texts.append(text_of(record.get("input"), notes))
         return pair_parts(in_lines(texts), text_of(response, notes))
@@ -667,7 +668,7 @@ def read_records(path, raw, args, notes):
     except RecursionError:  # [[[... without end
         raise BadFile(f"{path}{where}: lists within lists, too deep to be read")
     except ValueError as error:  # read_record()'s, and pyarrow's
-        raise BadFile(f"{path}{where}: {str(error).splitlines()[0]}")
+        raise BadFile(f"{path}{where}: {str(error).partition(chr(10))[0]}")
     except (OSError, *DAMAGED) as error:
         reason = getattr(error, "strerror", None) or error
         raise BadFile(f"cannot read {path} ({reason})")
@@ -690,6 +691,9 @@ def files_below(folder):
     # Links may run in circles, or lead to a folder that was read already.
     seen = {os.path.realpath(folder)}
     for parent, subfolders, names in os.walk(folder, onerror=stop, followlinks=True):
+        if "meta.json" in names and "train.bin" in names:
+            subfolders[:] = []
+            continue  # a prepared set, as data/ may hold them below this folder
         enter = []
         for subfolder in sorted(subfolders):
             real = os.path.realpath(os.path.join(parent, subfolder))
@@ -721,7 +725,8 @@ def refuse_unread(file):
 def files_in_folder(name, folder, args):
     """
     The files below a folder that can be read. All are of one schema, the one that most of the bytes
-    are of: beside records a README.md is left out, and beside source code a chat. Prints what is.
+    are of: beside chats a README.md is left out, and beside source code a chat. (Text files and
+    records of a text are of one schema.) Prints what is left out.
     """
     by_schema = {}  # {schema: files}
     no_text = []
@@ -1342,7 +1347,9 @@ def line_hashes(units, with_single_lines):
 def place(parts, seed):
     """
     A unit's parts -> its place in [0, 1) under a seed: a hash of its text without white space. It
-    does not depend on the set, so that a text goes to the same split in all of them.
+    does not depend on the set, so that sets with the same seed and fractions put a text into the
+    same split. (Sets of few documents and the sample's targets have other bounds. So load_sets()
+    compares lines, too.)
     """
     text = b"".join(utf8(parts)).replace(BYTE_ORDER_MARK.encode(), b"")
     text = text.translate(None, b" \t\n\r\v\f")
@@ -1495,7 +1502,12 @@ def check_splits(name, splits, n_documents):
 def refuse_existing(name, args):
     """Fails if there is a set of this name, or anything else, that we may not replace."""
     folder = Path(args.data_dir, name)
-    if os.path.lexists(folder) and not args.overwrite:
+    if not os.path.lexists(folder):
+        return
+    if not (folder / "meta.json").is_file():  # somebody's folder, of the same name by chance
+        fail(f"{folder} exists and is not a prepared set; choose another name, or another "
+             "--data_dir")
+    if not args.overwrite:
         fail(f"{folder} exists; choose another name or add --overwrite")
 
 
@@ -1962,7 +1974,7 @@ class TokenSet:
         return self.splits[split].n_learned / self.splits[split].available()
 
     def fill(self, split):
-        """Tokens per position of a window; 1 for text, less for examples, which do not fill it."""
+        """Tokens per position of a window: 1 for text, less where examples do not fill it."""
         return self.splits[split].fill()
 
     def tokens_per_byte(self, split):
@@ -2166,11 +2178,13 @@ def sample_is_there(name, args):
     """Was this set of the sample prepared before? Anything else of its name ends the program."""
     folder = Path(args.data_dir, name)
     meta = {}
-    with contextlib.suppress(OSError, ValueError):
-        meta = json.loads((folder / "meta.json").read_text())
+    with contextlib.suppress(OSError, TypeError, ValueError):
+        meta = dict(json.loads((folder / "meta.json").read_text()))
     if meta.get("origin", "the sample") != "the sample":
         fail(f"{folder} was made from {meta['origin']}, and the sample has a set '{name}' too; use "
              "another --data_dir")
+    if os.path.lexists(folder) and not (folder / "meta.json").is_file():
+        fail(f"{folder} exists and is not a prepared set; use another --data_dir")
     if args.overwrite or not folder.exists():
         return False
     if meta.get("settings") != settings(args):
@@ -2208,7 +2222,7 @@ def main(argv=None):
             write_sample(args)
     except OSError as error:  # of a file that is read; write_set() reports its own
         fail(f"cannot read {error.filename or 'a file'}: {error.strerror}")
-    except (ValueError, OverflowError) as error:  # a --seed below 0, or beyond any number
+    except (ValueError, OverflowError) as error:  # input that no other place expects
         fail(error)
     say(f"done in {time.time() - started:.0f} s")
 

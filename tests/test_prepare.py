@@ -412,7 +412,7 @@ def test_links_that_lead_nowhere(tmp_path):
     line = refused("prepare_data.py", "gone=x.txt", cwd=tmp_path)
     assert "data/gone exists" in line
     line = refused("prepare_data.py", "gone=x.txt", "--overwrite", cwd=tmp_path)
-    assert "cannot write data/.gone.partial" in line and (tmp_path / "data/gone").is_symlink()
+    assert "data/gone exists and is not a prepared set" in line and (tmp_path / "data/gone").is_symlink()
     line = refused("prepare_data.py", "x=x.txt", "--data_dir", "nowhere", cwd=tmp_path)
     assert "cannot write nowhere/.x.partial" in line
     line = refused("prepare_data.py", "x=nowhere", cwd=tmp_path)
@@ -1105,3 +1105,24 @@ def test_the_readmes_instruction_commands_shortened(sample):
     assert "learned token" in stdout and "warning" not in stdout
     run("fastmix.py", "--target", "numpy_tasks", *SMALL, *short, "--out_dir", "toward", cwd=sample)
     assert json.loads((sample / "toward" / "mixture.json").read_text())["target"] == ["numpy_tasks"]
+
+
+def test_overwrite_replaces_prepared_sets_alone(tmp_path):
+    """A folder that merely has the name of a set is somebody's."""
+    (tmp_path / "doc.txt").write_text("\n".join(f"line {i}" for i in range(9_000)))
+    for name in ("x", "python"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "thesis.tex").write_text("years of work")
+    here = ("--data_dir", ".", "--overwrite")
+    for sets in (["x=doc.txt"], []):
+        line = refused("prepare_data.py", *sets, *here, cwd=tmp_path)
+        assert "exists and is not a prepared set" in line
+    for name in ("x", "python"):
+        assert (tmp_path / name / "thesis.tex").read_text() == "years of work"
+
+
+def test_prepared_sets_below_a_folder_are_no_text(tmp_path):
+    for i in range(6):
+        (tmp_path / f"{i}.txt").write_text(f"document {i}\n" * 50)
+    assert "(6 documents" in run("prepare_data.py", "first=.", cwd=tmp_path)
+    assert "(6 documents" in run("prepare_data.py", "second=.", cwd=tmp_path)
