@@ -412,7 +412,8 @@ def test_links_that_lead_nowhere(tmp_path):
     line = refused("prepare_data.py", "gone=x.txt", cwd=tmp_path)
     assert "data/gone exists" in line
     line = refused("prepare_data.py", "gone=x.txt", "--overwrite", cwd=tmp_path)
-    assert "data/gone exists and is not a prepared set" in line and (tmp_path / "data/gone").is_symlink()
+    assert "data/gone exists and is not a prepared set" in line
+    assert (tmp_path / "data/gone").is_symlink()
     line = refused("prepare_data.py", "x=x.txt", "--data_dir", "nowhere", cwd=tmp_path)
     assert "cannot write nowhere/.x.partial" in line
     line = refused("prepare_data.py", "x=nowhere", cwd=tmp_path)
