@@ -122,8 +122,12 @@ def parse_args(argv=None, defaults={}):
             least = 0 if type(value) is float or name in MAY_BE_ZERO else 1
             if not least <= value < 2**63:
                 fail(f"--{name} {value} is out of range; it must be {least} or more")
-    if not args.out_dir:
-        fail("--out_dir '' is not the name of a folder")
+    for name in ("out_dir", "init_from", "bounds"):
+        if getattr(args, name) == "":
+            fail(f"--{name} is empty; leave it out, or give it a value")
+    for name in ("train_tokens", "max_epochs"):
+        if getattr(args, name) == 0:
+            fail(f"--{name} 0 is out of range; it must be above 0")
     if args.uniform_share > 1:
         fail(f"--uniform_share {args.uniform_share} is out of range; it must be from 0 to 1")
     if args.max_epochs and not args.train_tokens:
@@ -177,7 +181,9 @@ def open_run(argv):
         if stored.keys() != vars(args).keys():
             fail(f"{path} has other settings than this fastmix.py; start a new run elsewhere")
         # stored flags become the defaults; those given again must agree with them
-        args = parse_args(argv, {flag: stored[flag] for flag in stored if flag != "resume"})
+        # (but where the checkpoint lies is said now: the folder may have been moved or copied)
+        args = parse_args(argv, {flag: stored[flag] for flag in stored
+                                 if flag not in ("resume", "out_dir")})
         for flag, value in vars(args).items():
             if flag not in MAY_CHANGE and value != stored[flag]:
                 fail(f"{path} was made with --{flag} {stored[flag]}, not {value}; resume without "
@@ -513,7 +519,7 @@ def within_bounds(z, lower, upper):
     z.copy_((c * alpha).clamp(lower, upper).log())
 
 
-def read_mixture(text, names, available):
+def read_mixture(text, names, available, tokenizer=None):
     """
     What --mixture says -> shares (K,) of the sources `names`. available (K,) is how many tokens
     each of them has. Weights need not sum to 1; a source that is not named gets 0.
@@ -525,10 +531,15 @@ def read_mixture(text, names, available):
         listed = ",".join(f"{name}={n}" for name, n in zip(names, available.tolist()))
     elif text.endswith(".json"):
         try:
-            mixture = json.loads(Path(text).read_text())["mixture"]
+            result = json.loads(Path(text).read_text())
+            mixture = result["mixture"]
             listed = ",".join(f"{name}={share}" for name, share in mixture.items())
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             fail(f"--mixture {text} is not what a search writes ({type(error).__name__})")
+        found = result.get("tokenizer")
+        if tokenizer and found and found != tokenizer:
+            fail(f"--mixture {text} has shares of tokens of the tokenizer {found}, but the sets "
+                 f"have {tokenizer}; prepare the sets with the same one, or give a=0.8,b=0.2")
     weights = parse_weights("--mixture", listed)
     unknown = weights.keys() - set(names)
     if unknown:
@@ -785,7 +796,8 @@ def main(argv=None):
     elif searching:
         within_bounds(state.z, lower, upper)
     else:
-        state.z.copy_(read_mixture(args.mixture, names, available).log())
+        state.z.copy_(read_mixture(args.mixture, names, available,
+                                   sources[0].tokenizer).log())
     if args.init_from and not args.resume:
         restore(ckpt, args.init_from, net)
     settings = {"args": vars(args), "config": vars(config), "tokenizer": sources[0].tokenizer,
@@ -821,14 +833,14 @@ def main(argv=None):
             target_loss = float(np.dot(target_weights, list(target_losses.values())))
             add_up(train_loss_sum)
             train_loss = train_loss_sum.item() / max(steps_taken, 1)
-            if not alpha.isfinite().all():
-                fail(f"the mixture is no longer finite at step {step}; the last good checkpoint "
-                     f"stays. Lower --learning_rate_mixture {args.learning_rate_mixture:g}")
             numbers = (torch.tensor([train_loss, target_loss]), *net.parameters())
             if not all(tensor.isfinite().all() for tensor in numbers):
                 fail(f"the loss is no longer finite at step {step}; the last good checkpoint "
                      f"stays. Lower --learning_rate {args.learning_rate:g} in a new run, or "
                      "--resume if it was the machine")
+            if not alpha.isfinite().all():
+                fail(f"the mixture is no longer finite at step {step}; the last good checkpoint "
+                     f"stays. Lower --learning_rate_mixture {args.learning_rate_mixture:g}")
             if step == 0:
                 state.start.copy_(alpha)
                 state.before = target_losses
@@ -846,6 +858,8 @@ def main(argv=None):
                        "seconds": round(state.seconds, 3)}
                 if step == 0:  # not before: a run that fails earlier leaves its out_dir free
                     log = open_log(out / "log.jsonl", 0)
+                elif not os.path.samestat(os.fstat(log.fileno()), os.stat(log.name)):
+                    fail(f"another program resumed the run in {out}/; this one ends here")
                 try:
                     log.write(json.dumps(row) + "\n")
                     log.flush()

@@ -307,6 +307,9 @@ def test_every_number_has_a_range(capsys):
             good += [10**6]
         if name == "uniform_share":
             bad += [1.000001, 10]
+        if name == "train_tokens":
+            good = [0.5, 1]
+            bad += [0]
         for value in good:
             found = getattr(parse(f"--{name}", value), name)
             assert found == value

@@ -991,3 +991,41 @@ def test_programs_need_nothing_that_only_posix_has(name):
             used.add(node.attr)
     assert used  # so that the test means something
     assert not used & missing_on_windows
+
+
+def test_resume_writes_where_it_reads(synthetic, tmp_path):
+    """A run that was moved is resumed where it lies now; another run in its old folder stays."""
+    flags = [*TINY, "--data_dir", synthetic / "data", "--sources", "a,b", "--max_steps", 10]
+    run("fastmix.py", *flags, "--seed", 1, "--out_dir", "one", cwd=tmp_path)
+    shutil.move(tmp_path / "one", tmp_path / "moved")
+    run("fastmix.py", *flags, "--seed", 2, "--out_dir", "one", cwd=tmp_path)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "one").iterdir()}
+    run("fastmix.py", "--resume", "--out_dir", "moved", cwd=tmp_path)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "one").iterdir()} == before
+    assert result_json(tmp_path / "moved")["seed"] == 1
+
+
+def test_a_resume_beside_the_living_run_ends_that_run(synthetic, tmp_path):
+    """It could not go on without losing rows of one of them."""
+    out = tmp_path / "out"
+    process = start("fastmix.py", *TINY, "--data_dir", synthetic / "data", "--sources", "a,b",
+                    "--max_steps", 3000, cwd=tmp_path)
+    wait_for_step(process, out, 10)
+    second = start("fastmix.py", "--resume", "--max_steps", 3000, cwd=tmp_path)
+    _, err = process.communicate()
+    assert process.returncode == 2 and "another program resumed the run in out/" in err
+    second.kill()
+    second.communicate()
+    rows = [row["step"] for row in log_rows(out)]
+    assert rows == list(range(0, rows[-1] + 1, 5))
+
+
+def test_a_mixture_of_another_tokenizer_is_refused(tmp_path):
+    """Its shares are of other tokens."""
+    file = tmp_path / "mixture.json"
+    file.write_text(json.dumps({"mixture": {"a": 0.5, "b": 0.5}, "tokenizer": "gpt2"}))
+    available = torch.tensor([1, 1])
+    alpha = fastmix.read_mixture(str(file), ["a", "b"], available, "gpt2")
+    assert alpha.tolist() == [0.5, 0.5]
+    with pytest.raises(SystemExit):
+        fastmix.read_mixture(str(file), ["a", "b"], available, "bytes")
