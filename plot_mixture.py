@@ -182,6 +182,7 @@ def kind_of(result):
     # by default, sources and targets are what is prepared, which may have changed meanwhile
     kind["sources"] = list(result["mixture"])
     kind["target"] = {name: target["weight"] for name, target in result["targets"].items()}
+    kind["tokens"] = {name: s["tokens_available"] for name, s in result["sources"].items()}
     return kind
 
 
@@ -573,7 +574,7 @@ def decimals(p):
 def export(trainer, results):
     """
     The lines that let a trainer draw by the mean mixture of results {folder: dict of mixture.json}.
-    Raises ValueError unless all have the same sources.
+    Raises ValueError unless all have the same sources, with the same text.
     """
     first = next(iter(results))
     sources = results[first]["sources"]
@@ -581,6 +582,9 @@ def export(trainer, results):
         if result["sources"].keys() != sources.keys():
             raise ValueError(f"--export takes runs of the same sources, not {', '.join(sources)} "
                              f"({first}) and {', '.join(result['sources'])} ({folder})")
+        if kind_of(result)["tokens"] != kind_of(results[first])["tokens"]:
+            raise ValueError(f"the sets were prepared anew between {first} and {folder}; export "
+                             "each run by itself")
 
     p = {}
     left_out = []
@@ -638,7 +642,7 @@ def main(argv=None):
             if same_search:
                 say(seed_table(ended))
             say(f"wrote {draw_comparison(folders, kept, same_search)}")
-    except ValueError as error:
+    except (ImportError, ValueError) as error:  # without matplotlib there is no picture
         fail(error)
 
 

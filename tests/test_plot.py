@@ -832,3 +832,16 @@ def test_a_picture_that_cannot_be_written(tmp_path):
     assert "cannot write out/mixture.png" in refused("plot_mixture.py", "out", cwd=tmp_path)
     files = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert files == ["log.jsonl", "mixture.png"]
+
+
+def test_runs_on_other_data_are_not_pooled(tmp_path, capsys):
+    """One of two seeds ran after its set was prepared anew: neither seeds of a search, nor a mean."""
+    for seed, tokens in ((1, 100), (2, 900)):
+        write_result(tmp_path / f"out-{seed}", {"a": 0.5, "b": 0.5}, seed=seed,
+                     sources={"a": {"tokens_available": tokens}})
+    folders = [str(tmp_path / "out-1"), str(tmp_path / "out-2")]
+    plot_mixture.main(folders)
+    assert "mean share" not in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        plot_mixture.main([*folders, "--export", "hf"])
+    assert "the sets were prepared anew between" in capsys.readouterr().err
