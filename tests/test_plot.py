@@ -835,7 +835,7 @@ def test_a_picture_that_cannot_be_written(tmp_path):
 
 
 def test_runs_on_other_data_are_not_pooled(tmp_path, capsys):
-    """One of two seeds ran after its set was prepared anew: neither seeds of a search, nor a mean."""
+    """The second seed ran after a set was prepared anew: they are no seeds of one search."""
     for seed, tokens in ((1, 100), (2, 900)):
         write_result(tmp_path / f"out-{seed}", {"a": 0.5, "b": 0.5}, seed=seed,
                      sources={"a": {"tokens_available": tokens}})
