@@ -866,7 +866,7 @@ def main(argv=None):
                     say(progress(row, steps_taken / seconds))
                     save_checkpoint(out / "ckpt.pt", net, optimizer, state, settings)
                 finally:
-                    if not (out / "ckpt.pt").exists():  # and so does one that fails here
+                    if not (out / "ckpt.pt").exists():  # nor does one that fails here keep it
                         discard_log(log)
             steps_taken = 0
             for t in (train_loss_sum, loss_sum, learned_sum, alignment_sum, alignment_count):
@@ -898,7 +898,7 @@ def main(argv=None):
         # ---- inner step: train on sequences drawn by q, weighted by r
         eps = args.uniform_share if searching else 0.0
         q = (1 - eps) * alpha + eps / K  # (K,) shares of tokens
-        # shares of sequences: of a source that fills half of each it takes twice as many
+        # shares of sequences: a source that fills half of each needs twice as many of them
         q_sequences = q / fill
         q_sequences = q_sequences / q_sequences.sum()
         n_tokens = n_sequences * T * (q_sequences * fill).sum().item()  # per step, on average

@@ -1538,8 +1538,7 @@ def write_set(name, units, tokenizer, args, fractions, origin):
     partial = make_partial_folder(final)
     writers = {}
     try:
-        if final.exists() and not args.overwrite:  # another program wrote it in the meantime
-            fail(f"{final} exists; choose another name or add --overwrite")
+        refuse_existing(name, args)  # again: another program may have written it in the meantime
         for split in SPLITS:
             writers[split] = SplitWriter(partial, split, dtype, schema != "text")
         encoder = Encoder(tokenizer, dtype, schema != "text")
