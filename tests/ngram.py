@@ -18,9 +18,10 @@ the context is not seen, nor that a text teaches less when it is read again.
 
 Tokens are turned into bytes, so that an order means the same with every tokenizer. <|endoftext|> is
 a symbol beside the 256 bytes: it is predicted as they are, and a context reaches over it into the
-document before. Of examples a source's model reads prompts and responses, but of the target only
-learned tokens count. So w are shares of learned symbols, and source_rates turn them into shares of
-tokens.
+document before. Of examples the models read prompts and responses, but of the target only learned
+symbols count, and several targets are weighed by their losses per byte. So w_k is source k's share
+of the learned symbols. With d_k of these per token of the source, its share of the tokens, which
+--mixture takes, is in proportion to w_k / d_k.
 """
 import argparse
 import json
@@ -77,13 +78,16 @@ def read_symbols(token_set, split):
 
 
 def open_tokenizer(token_set):
-    """
-    The tiktoken.Encoding that a set was made with. If that was a file, the set's settings have the
-    path, and the tokenizer's name a digest of the content.
-    """
-    encoding = get_tokenizer(token_set.meta["settings"]["tokenizer"])
+    """The tiktoken.Encoding that a set was made with."""
+    # the settings have a file's path, the tokenizer's name a digest of its content
+    name = token_set.meta.get("settings", {}).get("tokenizer", token_set.tokenizer)
+    try:
+        encoding = get_tokenizer(name)
+    except OSError as error:
+        fail(f"cannot read {name}, the tokenizer of '{token_set.name}' ({error.strerror}); start "
+             "where prepare_data.py was started, or put the file there")
     if encoding.name != token_set.tokenizer:
-        fail(f"'{token_set.name}' was made with the tokenizer {token_set.tokenizer}, but there is "
+        fail(f"'{token_set.name}' was made with the tokenizer {token_set.tokenizer}, but {name} is "
              f"now {encoding.name}; put the old file back, or prepare the sets again")
     return encoding
 
@@ -151,7 +155,7 @@ def predict(model, grams):
 
 # ---- the mixture ---------------------------------------------------------------------------------
 
-def em(p, weight, gap=1e-7, most_steps=10_000):
+def em(p, weight, gap=1e-6, most_steps=10_000):
     """
     The w (K,) that maximises sum_i weight_i log sum_k w_k p_ik, for p (n, K), and weights (n,) that
     sum to 1. Each step gives a source the share of the text that is likely its own; the sum never
@@ -169,49 +173,47 @@ def em(p, weight, gap=1e-7, most_steps=10_000):
 
 def read_targets(targets, target_weights, order):
     """
-    The different grams of the targets that end in a learned symbol, (n,), and what each weighs,
-    (n,) twice: in a loss per token, which fastmix.py's --target weighs, and in one per byte.
+    The different grams of the targets that end in a learned symbol (n,), and what each counts in
+    the targets' loss per byte (n,), which is weighed by target_weights (J,).
     """
     grams = []
-    per_token = []
-    per_byte = []
+    counts_per_byte = []
     for target, weight in zip(targets, target_weights):
-        symbols, learned, symbols_per_token = read_symbols(target, "val")
+        symbols, learned, _ = read_symbols(target, "val")
         different, counts = np.unique(grams_of(symbols, order)[learned], return_counts=True)
         n_bytes = np.count_nonzero(symbols[learned] != END)
         grams.append(different)
-        per_token.append(weight * counts * symbols_per_token / counts.sum())
-        per_byte.append(weight * counts / n_bytes)
-    return np.concatenate(grams), np.concatenate(per_token), np.concatenate(per_byte)
+        counts_per_byte.append(weight * counts / n_bytes)
+    return np.concatenate(grams), np.concatenate(counts_per_byte)
 
 
 def read_sources(sources, grams, order):
     """
-    How likely each source's model finds the last symbol of each gram, (n, K), and the sources'
-    rates (K,): their learned symbols per token. That is 1 for text in bytes.
+    How likely each source's model finds the last symbol of each gram (n,), p (n, K), and d (K,),
+    the sources' learned symbols per token: 1 for text in bytes, less where prompts are not learned.
     """
     p = np.empty((len(grams), len(sources)))
-    rates = np.empty(len(sources))
+    d = np.empty(len(sources))
     for k, source in enumerate(sources):
         symbols, _, symbols_per_token = read_symbols(source, "train")
         p[:, k] = predict(fit(symbols, order), grams)
-        rates[k] = source.density("train") * symbols_per_token
-    return p, rates
+        d[k] = source.density("train") * symbols_per_token
+    return p, d
 
 
 def ngram_mixture(sources, targets, target_weights, order=3):
     """
-    TokenSets, and weights of the targets -> (the best mixture in shares of tokens (K,), the
-    target's bits per byte at it, those at uniform shares).
+    TokenSets, and weights of the targets (J,) that sum to 1 -> (the mixture in shares of tokens
+    (K,), the target's bits per byte by it, those by the uniform mixture).
     """
-    grams, per_token, per_byte = read_targets(targets, target_weights, order)
-    p, rates = read_sources(sources, grams, order)
-    w = em(p, per_token / per_token.sum())
-    # w are shares of learned symbols. A source that has few of them per token needs more tokens.
-    shares = w / rates
-    uniform = rates / rates.sum()  # equal shares of tokens as shares of learned symbols
-    bits = [-per_byte @ np.log2(p @ mixture) for mixture in (w, uniform)]
-    return shares / shares.sum(), *bits
+    grams, counts_per_byte = read_targets(targets, target_weights, order)
+    p, d = read_sources(sources, grams, order)
+    w = em(p, counts_per_byte / counts_per_byte.sum())
+    bits = -counts_per_byte @ np.log2(p @ w)
+    uniform = d / d.sum()  # equal shares of tokens, as shares of learned symbols
+    uniform_bits = -counts_per_byte @ np.log2(p @ uniform)
+    shares = w / d  # the fewer of its tokens are learned, the more of them it takes
+    return shares / shares.sum(), bits, uniform_bits
 
 
 # ---- the command line ----------------------------------------------------------------------------
