@@ -6,9 +6,10 @@ so that byte n-gram models of them predict the target best?
     python tests/ngram.py --sources code,web,books --target task=2,web=1 --out ngram.json
     python fastmix.py --mixture ngram.json --out_dir out-ngram          train at what was found
 
-An n-gram model p_k of each source k is fitted to its train split. It predicts a symbol x by its
-context c, the n - 1 symbols before it: at the default, --order 3, by two. Then EM finds the weights
-w of the sources, which sum to 1, that make the target's val split likeliest:
+An n-gram model p_k of each source k is fitted to its train split. --order is n: at 3, the default,
+pieces of three bytes are counted, so that a symbol x is predicted by the two before it, its context
+c. Then EM finds the weights w of the sources, which sum to 1, that make the target's val split
+likeliest:
 
     maximise over w   sum_t log sum_k w_k p_k(x_t | c_t)
 
@@ -155,12 +156,13 @@ def predict(model, grams):
 
 # ---- the mixture ---------------------------------------------------------------------------------
 
-def em(p, weight, gap=1e-6, most_steps=10_000):
+def em(p, weight, gap=1e-5, most_steps=10_000):
     """
     The w (K,) that maximises sum_i weight_i log sum_k w_k p_ik, for p (n, K), and weights (n,) that
-    sum to 1. Each step gives a source the share of the text that is likely its own; the sum never
-    falls by it. The slopes are the derivatives by w. As the sum is concave, it is at most
-    max slope - 1 below its maximum.
+    sum to 1. A step gives each source the share of the text that, at the w of the moment, comes
+    from it; by this the sum never falls. The slopes are the derivatives by w. Since the sum is
+    concave, it is at most max slope - 1 below its maximum: the steps end where that is `gap`, in
+    nats.
     """
     w = np.full(p.shape[1], 1 / p.shape[1])
     for _ in range(most_steps):
@@ -225,8 +227,8 @@ def parse_args(argv):
     add("--sources", help="comma-separated names of prepared sets (default: the sample's)")
     add("--target", help="sets to do well on: a,b or a=2,b=1 (default: the sample's, or --sources)")
     add("--data_dir", default="data", help="where prepare_data.py wrote (data)")
-    add("--block_size", type=int, default=64, help="as of fastmix.py: it cuts examples (64)")
-    add("--order", type=int, default=3, help="n, in bytes; the last one is predicted (3)")
+    add("--block_size", type=int, default=64, help="of fastmix.py, which cuts examples (64)")
+    add("--order", type=int, default=3, help="length of the n-grams, in bytes (3)")
     add("--out", type=Path, default="ngram.json", help="gets the mixture (ngram.json)")
     add("--overwrite", action="store_true", help="replace a file that this program did not write")
     args = parser.parse_args(argv)

@@ -125,7 +125,17 @@ def test_em_leaves_a_useless_source():
     """The second source is worse everywhere, so that the best mixture is on the edge."""
     p, weight = problem(5, 2)
     p[:, 1] = 0.5 * p[:, 0]
-    assert ngram.em(p, weight)[1] < 1e-5
+    assert ngram.em(p, weight, gap=1e-9)[1] < 1e-5
+
+
+def test_em_gives_each_source_its_part():
+    """One step, written out: the mean probability that a row comes from the source."""
+    p, weight = problem(8, 3)
+    expected = np.zeros(3)
+    for i in range(len(p)):
+        for k in range(3):
+            expected[k] += weight[i] * p[i, k] / sum(p[i])
+    np.testing.assert_allclose(ngram.em(p, weight, most_steps=1), expected, rtol=1e-12)
 
 
 def test_em_never_lowers_the_likelihood():
