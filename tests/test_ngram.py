@@ -1,4 +1,4 @@
-"""tests/ngram.py: the models against plain Python, EM against a grid, masks, tokenizers, its file."""
+"""tests/ngram.py: models against plain Python, EM against a grid, masks, tokenizers, its file."""
 import base64
 import json
 import math
