@@ -26,7 +26,6 @@ of the learned symbols. With d_k of these per token of the source, its share of 
 """
 import argparse
 import json
-import math
 import sys
 import time
 from pathlib import Path
@@ -34,6 +33,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from fastmix import parse_pairs, parse_weights  # noqa: E402
 from prepare_data import (SAMPLE_TARGETS, fail, get_tokenizer, load_sets,  # noqa: E402
                           prepare_sample, sample_sources, save_atomically, say)
 
@@ -257,33 +257,18 @@ def check_out(args):
              "replace it with --overwrite")
 
 
-def parse_weights(flag, text):
-    """a=2,b=1 -> {name: weight}; a name alone weighs 1."""
-    weights = {}
-    for item in text.split(","):
-        name, _, value = item.partition("=")
-        name = name.strip()
-        try:
-            weight = float(value or 1)
-        except ValueError:
-            weight = math.nan
-        if not name or name in weights or not 0 < weight < math.inf:
-            fail(f"{flag} '{text}': '{item}' is not a new NAME or NAME=WEIGHT, with a weight above "
-                 "0")
-        weights[name] = weight
-    return weights
-
-
 def main(argv=None):
     args = parse_args(argv)
     if args.sources is None:
         prepare_sample(args.data_dir)
         args.sources = ",".join(sample_sources(args.data_dir))
         args.target = args.target or SAMPLE_TARGETS[0]
-    names = list(parse_weights("--sources", args.sources))
+    names = list(parse_pairs("--sources", args.sources))
     if "=" in args.sources:
         fail(f"--sources '{args.sources}' must be names alone")
     weights = parse_weights("--target", args.target or args.sources)
+    if 0 in weights.values():
+        fail(f"--target '{args.target}': leave out a target that weighs nothing")
     sets = load_sets(args.data_dir, names, list(weights), args.block_size)
 
     started = time.perf_counter()
