@@ -8,33 +8,36 @@ is a validation set to do well on. Two nested problems:
     inner:  w*(alpha) = argmin over w of  sum_k alpha_k L_k(w)
 
 Both are descended at once. Inner steps train w on the mixture of the moment. Outer steps move
-alpha = softmax(z) along the outer gradient, which says whether the trained model would be better at
-the target if source k got more. Let g_k be the gradient of L_k and H the curvature (the Hessian) of
-the training loss. At the inner optimum the g_k balance, and the implicit function theorem says how
-that optimum moves: dw*/dalpha_k = -H^-1 g_k. The chain rule gives the rest.
+alpha = softmax(z) by how well each source's gradient g_k agrees with the target's, g_val.
 
     (1) weights    draw sources from q = (1 - eps) alpha + eps / K, and weight their losses by
                    r_k = alpha_k / q_k: the expected gradient is sum_k alpha_k g_k for every eps
                    -> draw(), source_weights(), batch_loss()
-    (2) alignment  A_k = <P g_val, g_k>, where P is about H^-1 up to a scale: at w* -A_k is
-                   dL_val(w*) / dalpha_k, near it about that and a constant common to all sources
-                   -> target_gradient(), inverse_curvature(), FusedWeightedCrossEntropy,
-                   alignments()
+    (2) alignment  A_k = <P g_val, g_k>. The paper has P = 1: how much does a step of gradient
+                   descent on source k lower the target's loss? --curvature chooses P.
+                   -> target_gradient(), preconditioned(), FusedWeightedCrossEntropy, alignments()
     (3) mixture    dL_val / dz_k = -alpha_k (A_k - sum_j alpha_j A_j), by the softmax; the step is
-                   z_k += rate (A_k - mean) / rms, mirror descent in units of the alignments
+                   z_k += rate (A_k - mean) / scale, mirror descent in units of the alignments
                    -> mixture_step()
 
-(2) looks at the LM head alone, and takes the rest of the model as fixed. The pass that trains forms
-the sources' gradients at the head anyway, so that an outer step costs little more than one forward
-pass of a few target sequences.
+The default P looks further than one step. Let H be the curvature (the Hessian) of the training loss
+at the mixture. At the inner optimum the g_k balance, and the implicit function theorem says how it
+moves: dw*/dalpha_k = -H^-1 g_k. By the chain rule -<g_val, H^-1 g_k> is dL_val(w*(alpha)) /
+dalpha_k, the derivative of the outer problem. Hence P is about H^-1, up to a scale. It is taken at
+the LM head alone, as if the rest of the model, the body, were held fixed, and before training has
+ended. So -A_k approximates that derivative, up to a constant that all sources have in common.
+
+The pass that trains forms the sources' gradients at the head anyway, so that an outer step costs
+little more than one forward pass of a few target sequences.
 
     python fastmix.py                             search on the sample, minutes on a 2-core CPU
     python fastmix.py --mixture out/mixture.json --out_dir out-found    train at what was found
+    python fastmix.py --curvature none --uniform_share 1 --outer_every 20      nearest to the paper
 
 Paper: "FastMix: Fast Data Mixture Optimization via Gradient Descent", Tan et al., ICLR 2026, arXiv
-2606.14971. The paper's are the two problems, the loss weights (eps = 1), A_k with P = 1, which
-looks one training step ahead, and the gradient (3). This repository's are eps < 1, P = H^-1, the
-running mean of the target's gradient, mirror descent in units of the rms, masks and bounds.
+2606.14971. The paper's are the two problems, the loss weights (eps = 1), A_k with P = 1 and the
+gradient (3). This repository's are eps < 1, P = H^-1, the running mean of the target's gradient,
+mirror descent in units of a running scale with a rate that falls, masks and bounds.
 """
 import signal
 
@@ -92,7 +95,8 @@ def parse_args(argv=None, defaults={}):
       help="P in A_k = <P g_val, g_k>: none is P = 1, as in the paper (kfac)")
     g("--uniform_share", type=float, default=0.25, help="of a search's draws, eps (0.25)")
     g("--outer_every", type=int, default=1, help="steps from one outer step to the next (1)")
-    g("--learning_rate_mixture", type=float, default=0.08, help="first step size on z (0.08)")
+    g("--learning_rate_mixture", type=float,
+      help="first step size on z (2 / sqrt(number of outer steps), at most 0.2)")
     g("--target_batch_size", type=int, default=2, help="target sequences per outer step (2)")
     g("--train_tokens", type=float, help="of the real run: repeat text as it will")
     g("--max_epochs", type=float, help="most epochs of a source in --train_tokens (no limit)")
@@ -137,6 +141,11 @@ def parse_args(argv=None, defaults={}):
         fail("--max_epochs counts epochs of the real run; give --train_tokens, too")
     if args.mixture and (args.bounds or args.max_epochs):
         fail("--bounds and --max_epochs are for a search; leave them out with --mixture")
+    if args.learning_rate_mixture is None:
+        # The noise that n equal steps add up to grows as sqrt(n): a longer search takes smaller
+        # ones.
+        n_outer = max(1, args.max_steps / args.outer_every)
+        args.learning_rate_mixture = min(0.2, 2 / math.sqrt(n_outer))
     return args
 
 
@@ -428,11 +437,13 @@ def inverse_curvature(G, S, v):
 
     The outputs' factor is E[(p - y) (p - y)^T], of which only the diagonal is kept, a number for
     each row of the head. It is read off v (V, C), AdamW's running mean of squared gradients: the
-    mean of v over row i is about E[(p_i - y_i)^2] times the same constant for all rows. The inputs'
-    factor is S = E[h h^T], (C, C), of the target's hidden states, which are at hand. The inverse of
-    the product multiplies G by the inverse of the first factor from the left and by that of the
-    second from the right. A tenth of the mean of its diagonal is added to each factor (damping), so
-    that directions that the data hardly shows do not blow up.
+    mean of v over row i is about E[(p_i - y_i)^2] times the same constant for all rows. So this
+    factor is that of training's own tokens, by the mixture. The inputs' factor is S = E[h h^T],
+    (C, C), of the target's hidden states, which are at hand, in place of training's.
+
+    The inverse of the product multiplies G by the inverse of the first factor from the left and by
+    that of the second from the right. A tenth of the mean of its diagonal is added to each factor
+    (damping), so that directions that the data hardly shows do not blow up.
     """
     out_factor = v.mean(1, keepdim=True)  # (V, 1)
     out_factor = out_factor + DAMPING * out_factor.mean()
@@ -1007,7 +1018,7 @@ def main(argv=None):
         "test_loss": 0.0,
         "test_bits_per_byte": 0.0,
         "before": state.before,
-        "val_loss": target_loss,  # the targets' weighted mean at the end
+        "val_loss": 0.0,
         "lowest": state.lowest,
         "targets": {},
         "sources": {},
@@ -1021,6 +1032,7 @@ def main(argv=None):
         "settings": vars(args)}
     for t, weight in zip(targets, target_weights):
         bits_per_byte = test[t.name] / math.log(2) * t.tokens_per_byte("test")
+        result["val_loss"] += weight * val[t.name]
         result["test_loss"] += weight * test[t.name]
         result["test_bits_per_byte"] += weight * bits_per_byte
         result["targets"][t.name] = {

@@ -161,10 +161,11 @@ def test_a_real_run_longer_than_its_text(capsys, flags):
 
 def test_bounds_hold_from_the_first_step_on(synthetic):
     """Without them b gets most of the mixture and noise nothing; with them both lie at a bound."""
-    run("fastmix.py", *SEARCH, "--out_dir", "free", cwd=synthetic)
+    search = [*SEARCH, "--learning_rate_mixture", 0.5]
+    run("fastmix.py", *search, "--out_dir", "free", cwd=synthetic)
     assert log_rows(synthetic / "free")[-1]["alpha"]["b"] > 0.5
     assert log_rows(synthetic / "free")[-1]["alpha"]["noise"] < 0.3
-    run("fastmix.py", *SEARCH, "--bounds", "b=:0.4,noise=0.3:", "--out_dir", "bounded",
+    run("fastmix.py", *search, "--bounds", "b=:0.4,noise=0.3:", "--out_dir", "bounded",
         cwd=synthetic)
     rows = log_rows(synthetic / "bounded")
     corner = {"a": 0.3, "b": 0.4, "noise": 0.3}
@@ -265,7 +266,7 @@ def test_weighted_targets(tmp_path):
     for out, target, weights in (("9-1", "like_b=9,like_c=1", [0.9, 0.1]),
                                  ("1-9", "like_b,like_c=9", [0.1, 0.9])):
         run("fastmix.py", *TINY, "--sources", "b,c", "--target", target, "--max_steps", 150,
-            "--learning_rate", 1e-2, "--learning_rate_mixture", 0.05, "--out_dir", out,
+            "--learning_rate", 1e-2, "--learning_rate_mixture", 0.1, "--out_dir", out,
             cwd=tmp_path)
         result = result_json(tmp_path / out)
         rows = log_rows(tmp_path / out)

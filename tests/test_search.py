@@ -44,7 +44,7 @@ def search(folder, name):
     sources, seed, *flags = SEARCHES[name]
     stdout = run("fastmix.py", *TINY, "--sources", sources, "--target", "target", "--seed", seed,
                  "--max_steps", 100, "--log_every", 50, "--learning_rate", 1e-2,
-                 "--learning_rate_mixture", 0.08, "--out_dir", name, *flags, cwd=folder)
+                 "--out_dir", name, *flags, cwd=folder)
     expected = []
     if name == "fewer sequences than sources":
         expected.append("warning: with 2 sequences per step for 4 sources, each step compares only "
