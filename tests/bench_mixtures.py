@@ -63,10 +63,10 @@ class Job:
 
 def settings_of(work, key):
     """fastmix.py's flags of every run, {flag: value}."""
-    _, sources, target = TASKS[key.task]
+    task = TASKS[key.task]
     n_layer, n_head, n_embd = SIZES[key.size]
     on_gpu = key.size != "base" and torch.cuda.is_available()
-    return {"sources": sources, "target": target, "data_dir": data_of(work, key.task),
+    return {"sources": task.sources, "target": task.target, "data_dir": data_of(work, key.task),
             "seed": key.seed, "max_steps": key.steps, "log_every": max(1, key.steps // 40),
             "n_layer": n_layer, "n_head": n_head, "n_embd": n_embd, "eval_tokens": 1024,
             "learning_rate": 2e-3,  # half the default: seeds differ by less
@@ -75,7 +75,7 @@ def settings_of(work, key):
 
 def test_tokens_of(task):
     """How many tokens of each target's test split are evaluated."""
-    n_targets = len(TASKS[task][2].split(","))
+    n_targets = len(TASKS[task].target.split(","))
     return 2**17 // n_targets
 
 

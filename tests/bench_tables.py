@@ -341,12 +341,12 @@ def response_surface(results, task, args):
 def run_flops(task, steps):
     """Of a run of the task's proxy at a fixed mixture."""
     tokens = DEFAULTS["batch_size"] * DEFAULTS["block_size"]
-    return steps * training_flops(config_of(size_of(task)), tokens)
+    return steps * training_flops(config_of(task), tokens)
 
 
 def search_flops(task, steps, search):
     """Of a search, a key of SEARCHES, over the task's sources."""
-    config = config_of(size_of(task))
+    config = config_of(task)
     settings = DEFAULTS | SEARCHES[search]
     target_tokens = settings["target_batch_size"] * config.block_size
     K = len(sources_of(task))
@@ -439,7 +439,7 @@ def show_tasks(results, tasks, args, bests):
     print(f"\n{args.steps} steps, seeds {', '.join(map(str, measured))}; regret: % of the loss "
           f"above the best fixed mixture known{chosen}, mean over the seeds (lowest to highest), "
           "by the response surface\n")
-    print(header_of(["cost", *(TASKS[task][0] for task in tasks)]))
+    print(header_of(["cost", *(TASKS[task].title for task in tasks)]))
     for what, title in ROWS.items():
         cells = []
         for task in tasks:
@@ -488,7 +488,7 @@ def show_transfer(results, tasks, args):
     if not there:
         return
     print(f"\na larger model, {steps} steps: % of uniform's loss on the same seed\n")
-    print(header_of([TASKS[task][0] for task in there]))
+    print(header_of([TASKS[task].title for task in there]))
     for what, title in TRANSFER.items():
         cells = []
         for task in there:
@@ -541,7 +541,7 @@ def show_sensitivity(results, tasks, args):
         return
     print(f"\nsearches of seeds {TUNING_SEEDS[0]} and {TUNING_SEEDS[1]}, average of the last half: "
           "% of the loss above the best fixed mixture known, by the response surface\n")
-    print(header_of([TASKS[task][0] for task in there]))
+    print(header_of([TASKS[task].title for task in there]))
     least = {}
     for task in there:
         least[task] = surfaces[task](best_fixed(results, task, args)[1])[0]
@@ -595,7 +595,7 @@ def draw_task(ax, results, task, args, best):
             ax.errorbar(x, y, yerr=(below, above), color=colour, marker=marker, markersize=6,
                         linewidth=1, capsize=2, label=label)
     ticks = [1, 2, 4, 8, 16, 32, 64]
-    ax.set(title=TASKS[task][0], xlabel="cost of the search (proxy runs)", xscale="log",
+    ax.set(title=TASKS[task].title, xlabel="cost of the search (proxy runs)", xscale="log",
            xlim=(0.8, 90))
     ax.set_xticks(ticks, [str(tick) for tick in ticks], minor=False)
     ax.minorticks_off()
