@@ -1,9 +1,9 @@
 """
 What tests/bench_mixtures.py compares: the tasks and their data, and the methods.
 
-A search is fastmix.py with some flags (SEARCHES) and with some of its functions replaced
-(rules_of), in its own loop. RegMix is no search of this kind: it fits a function to the losses of
-runs at fixed mixtures.
+A search is fastmix.py with some flags (SEARCHES), for other methods with some of its functions
+replaced (rules_of), in its own loop. RegMix is no search of this kind: it fits a function to the
+losses of runs at fixed mixtures.
 """
 import json
 import shutil
@@ -16,6 +16,7 @@ import torch
 import fastmix
 import prepare_data
 from model import GPT, GPTConfig
+from ngram import ngram_mixture
 
 # ---- tasks and models ----------------------------------------------------------------------------
 
@@ -63,7 +64,7 @@ TASKS = {
     "masked": Task("masked responses", "python,describe,declare,implement_end", "numpy_tasks",
                    "sample", 400,
                    {"init_from": "pretrained/ckpt.pt", "block_size": 256, "batch_size": 8,
-                    "learning_rate": 1e-3, "eval_tokens": 4096},
+                    "learning_rate": 1e-3, "eval_tokens": 4096, "log_every": 100},
                    around=(0.25, 0.40, 0.10, 0.25)),
     # much text without an order beyond 8 bytes, beside little that is whole
     "order": Task("word order", f"prose_p8,prose_{ORDER_PERCENT},python,legal", "prose",
@@ -233,30 +234,20 @@ def prepare(data, tokenizer):
             derive_ends(data, "implement_end", "implement", 0.25)
 
 
-# ---- searches: this one, this one without a part, and other methods' rules -----------------------
+# ---- searches: this one, this one with other flags, and other methods' rules ---------------------
 
 SEARCHES = {  # name: flags
     "FastMix": {},
-    "raw": {},
-    "adamw": {},
-    "no running mean": {},
-    "authors": {"outer_every": 20, "uniform_share": 1, "target_batch_size": 8,
+    "none": {"curvature": "none"},
+    "adamw": {"curvature": "adamw"},
+    "kfac": {"curvature": "kfac"},
+    # the command that comes nearest to the paper
+    "paper": {"curvature": "none", "uniform_share": 1, "outer_every": 20},
+    "authors": {"curvature": "none", "uniform_share": 1, "outer_every": 20, "target_batch_size": 8,
                 "learning_rate_mixture": 0.01},
-    "DoGE": {},
+    "DoGE": {"curvature": "none"},
     "DoReMi": {"learning_rate_mixture": 0.1},
 }
-WITH_CURVATURE = ("FastMix", "no running mean")
-
-
-def raw_gradient(G, S, v):
-    """In place of inverse_curvature(): P = 1."""
-    return G
-
-
-def adamw_units(G, S, v):
-    """In place of inverse_curvature(): AdamW's own step, which looks one step ahead."""
-    root = v.sqrt()
-    return G / (root + 0.1 * root.mean())
 
 
 class DoGE:
@@ -269,7 +260,7 @@ class DoGE:
     def __init__(self):
         self.largest = []
 
-    def __call__(self, z, A, present, density, rate):
+    def __call__(self, z, A, present, density, rate, *rest):
         A = torch.where(present, A, 0.0)
         self.largest.append(A.abs().max().item())
         z += rate * A / np.mean(self.largest[-100:])
@@ -285,7 +276,7 @@ class Authors:
     def __init__(self):
         self.optimizer = None
 
-    def __call__(self, z, A, present, density, rate):
+    def __call__(self, z, A, present, density, rate, *rest):
         if self.optimizer is None:
             self.optimizer = torch.optim.Adam([z], lr=rate, betas=(0.9, 0.95), eps=1e-30)
         alpha = torch.softmax(z, 0)
@@ -319,7 +310,7 @@ def doremi(reference):
         by_source = excess.flatten().tensor_split(ends[:-1])
         return loss, token_loss, torch.stack([part.sum() for part in by_source])
 
-    def mixture_step(z, A, present, density, rate):
+    def mixture_step(z, A, present, density, rate, *rest):
         z += rate * torch.where(present, A, 0.0)
 
     return {"batch_loss": batch_loss, "mixture_step": mixture_step}
@@ -330,20 +321,42 @@ def rules_of(search, reference=None):
     {name in fastmix.py: what replaces it} of a search, a key of SEARCHES. reference: for DoReMi,
     the checkpoint of its reference model.
     """
-    one_step = {"inverse_curvature": raw_gradient, "DECAY": 0.0}
-    if search == "raw":
-        return {"inverse_curvature": raw_gradient}
-    if search == "adamw":
-        return {"inverse_curvature": adamw_units}
-    if search == "no running mean":
-        return {"DECAY": 0.0}
     if search == "DoGE":
-        return {"mixture_step": DoGE(), **one_step}
+        return {"mixture_step": DoGE(), "DECAY": 0.0}
     if search == "authors":
-        return {"mixture_step": Authors(), **one_step}
+        return {"mixture_step": Authors(), "DECAY": 0.0}
     if search == "DoReMi":
         return doremi(reference)
     return {}
+
+
+# ---- mixtures without a search -------------------------------------------------------------------
+
+def sqrt_mixture(data, names):
+    """Shares in proportion to the square root of the tokens, (K,)."""
+    roots = np.sqrt([len(read(data, name, "train")) for name in names])
+    return roots / roots.sum()
+
+
+def ngram_mixture_of(data, task):
+    """The task's mixture by tests/ngram.py, shares of tokens (K,)."""
+    names = sources_of(task)
+    targets = TASKS[task].target.split(",")
+    block_size = (DEFAULTS | TASKS[task].flags)["block_size"]
+    sets = prepare_data.load_sets(data, names, targets, block_size)
+    weights = np.full(len(targets), 1 / len(targets))
+    shares, *_ = ngram_mixture([sets[name] for name in names], [sets[name] for name in targets],
+                               weights, order=3)
+    return shares
+
+
+def tried_mixtures(task):
+    """(R, K) to try in a task with few runs: 30 around a good one, and 8 near the edges."""
+    around = np.array(TASKS[task].around)
+    rng = np.random.default_rng(7)
+    near = rng.dirichlet(9 * around, 30)
+    far = rng.dirichlet(np.full(len(around), 0.5), 8)
+    return np.concatenate([near, far]).round(4)
 
 
 # ---- RegMix --------------------------------------------------------------------------------------
