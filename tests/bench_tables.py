@@ -516,7 +516,9 @@ def show(results, args):
     show_repetition(results, args)
     show_tuning(results, tasks, args, surfaces)
     show_for_readme(results, tasks, args, bests)
-    figure(results, tasks, args, bests, Path(args.results).parent / "mixtures.png")
+    with_regmix = [task for task in tasks if not few_runs(task)]
+    if with_regmix:
+        figure(results, with_regmix, args, bests, Path(args.results).parent / "mixtures.png")
 
 
 def show_tasks(results, tasks, args, bests, surfaces):
@@ -725,7 +727,7 @@ def draw_task(ax, results, task, args, best):
                         linewidth=1, capsize=2, label=label)
     ticks = [1, 2, 4, 8, 16, 32, 64]
     ax.set(title=TASKS[task].title, xlabel="cost of the search (proxy runs)", xscale="log",
-           xlim=(0.2 if TASKS[task].search_flags else 0.8, 90))
+           xlim=(0.8, 90))
     ax.set_xticks(ticks, [str(tick) for tick in ticks], minor=False)
     ax.minorticks_off()
     ax.spines[["top", "right"]].set_visible(False)
@@ -746,7 +748,11 @@ def figure(results, tasks, args, bests, path):
         draw_task(ax, results, task, args, bests[task])
     for ax in axes[:, 0]:
         ax.set_ylabel("loss above the best, %")
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    fig.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
+    entries = {}  # {label: handle}; a panel need not have all
+    for ax in axes.flat[:len(tasks)]:
+        handles, labels = ax.get_legend_handles_labels()
+        entries |= dict(zip(labels, handles))
+    fig.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=4, fontsize=8,
+               frameon=False)
     fig.savefig(path)
     print(f"\nwrote {path}")
