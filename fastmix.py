@@ -63,7 +63,8 @@ from plot_mixture import draw_run, result_table
 from prepare_data import (IGNORE, SAMPLE_TARGETS, fail, gather, load_sets, prepare_sample,
                           sample_sources, save_atomically, say)
 
-DECAY = 0.9  # what an outer step keeps of the running means G and S, see inverse_curvature()
+DECAY = 0.9  # what an outer step keeps of the running means G and S, see preconditioned()
+SCALE_DECAY = 0.98  # and of the running mean of the alignments' rms, see mixture_step()
 DAMPING = 0.1  # added to each factor of the curvature, times the mean of its diagonal
 TEST_TOKENS = 2**18  # at most so many tokens of each test split are evaluated at the end
 # a run may be resumed with these changed; with anything else changed it would be another run
@@ -87,9 +88,11 @@ def parse_args(argv=None, defaults={}):
     g = p.add_argument_group("mixture (the outer problem)").add_argument
     g("--mixture", help="train at this one, without a search: a mixture.json, uniform, "
                         "proportional (to tokens) or a=0.8,b=0.2")
+    g("--curvature", choices=("none", "adamw", "kfac"), default="kfac",
+      help="P in A_k = <P g_val, g_k>: none is P = 1, as in the paper (kfac)")
     g("--uniform_share", type=float, default=0.25, help="of a search's draws, eps (0.25)")
     g("--outer_every", type=int, default=1, help="steps from one outer step to the next (1)")
-    g("--learning_rate_mixture", type=float, default=0.02, help="step size on z (0.02)")
+    g("--learning_rate_mixture", type=float, default=0.08, help="first step size on z (0.08)")
     g("--target_batch_size", type=int, default=2, help="target sequences per outer step (2)")
     g("--train_tokens", type=float, help="of the real run: repeat text as it will")
     g("--max_epochs", type=float, help="most epochs of a source in --train_tokens (no limit)")
@@ -400,6 +403,23 @@ def target_gradient(model, head, x, y, sequence_weight, n_tokens):
     return g_val, s_val
 
 
+def preconditioned(curvature, G, S, v):
+    """
+    P G, (V, C), up to scale: what the target's gradient G (V, C) is compared with the sources' by.
+
+    none   P = 1, the paper's: how much does a step of plain gradient descent on source k help?
+    adamw  the same for a step of AdamW, which divides by the root of v (V, C), its running mean of
+           squared gradients
+    kfac   P = H^-1, about: how much does it help the trained model? See inverse_curvature().
+    """
+    if curvature == "none":
+        return G
+    if curvature == "adamw":
+        root = v.sqrt()
+        return G / (root + DAMPING * root.mean())
+    return inverse_curvature(G, S, v)
+
+
 def inverse_curvature(G, S, v):
     """
     P G, (V, C): a target's gradient G (V, C) times an approximate inverse of the loss's curvature
@@ -434,15 +454,19 @@ def alignments(parts, r, learned, n_tokens):
 
 # ---- (3) the mixture ---------------------------------------------------------------------------
 
-def mixture_step(z, A, present, density, rate):
+def mixture_step(z, scale, A, present, density, rate, n):
     """
     A step of the mixture, on its logits z (K,) in place, by alignments A (K,) per learned token.
 
     The gradient (3) over z has a factor alpha_k, with which a source near 0 could never come back.
-    Mirror descent on the simplex leaves it out: z_k += rate (A_k - mean) / rms, where the mean and
-    the root mean square (of A itself) are weighted by alpha. The scale of A means nothing, hence
-    the rms. At the optimum A_k - mean and the rms both fall to the level of the noise, and their
-    ratio does not shrink, hence the average over the last half of a search.
+    Mirror descent on the simplex leaves it out: z_k += rate (A_k - mean) / scale, where the mean is
+    weighted by alpha.
+
+    The unit of A means nothing, hence the scale: the running mean, over the outer steps, of the rms
+    of A (weighted by alpha). scale () is changed in place; n outer steps were done before. To
+    divide by the rms of the step itself would bias the sum of the steps: a source whose alignment
+    is large in few of them, and small in all others, makes the rms large in just those few, so that
+    they count for less.
 
     With masks source k counts by its share of the learned tokens, beta_k = alpha_k density_k / M
     with M = sum_j alpha_j density_j, and beta takes the place of alpha in (3) and in the mean and
@@ -452,9 +476,6 @@ def mixture_step(z, A, present, density, rate):
 
     present (K,), bool: has the source learned tokens in the batch? All sums are over those that
     have. The others keep their logits and, to first order, their shares.
-
-    One step moves z_k by at most rate sqrt(density_k / (M alpha_k)), without masks
-    rate / sqrt(alpha_k), which is far for a rare source.
     """
     alpha = torch.softmax(z, 0)
     A = torch.where(present, A, 0.0)
@@ -462,8 +483,10 @@ def mixture_step(z, A, present, density, rate):
     M = (share * density).sum()
     beta = share * density / M
     mean = (beta * A).sum()
-    rms = (beta * A**2).sum().sqrt().clamp(min=1e-18)
-    step = density / M * (A - mean) / rms
+    rms = (beta * A**2).sum().sqrt()
+    # until there are 50 steps, the mean of all of them: the first ones are no measure for the rest
+    scale.lerp_(rms, max(1 - SCALE_DECAY, 1 / (n + 1)))
+    step = density / M * (A - mean) / scale.clamp(min=1e-18)
     z += torch.where(present, rate * step, 0.0)
     # alpha stays above 1e-8 of the largest, so that no source's part of a gradient underflows
     z.clamp_(min=z.max() - 18)
@@ -784,10 +807,12 @@ def main(argv=None):
         rows=0,  # reports in log.jsonl
         seconds=0.0,  # time taken, up to the last report
         z=torch.zeros(K, dtype=torch.float64),  # logits of the mixture, alpha = softmax(z)
+        scale=torch.zeros((), dtype=torch.float64),  # running mean of the alignments' rms
         G=torch.zeros_like(head.data),  # (V, C) running mean of g_val, up to scale: it starts at 0
         S=torch.zeros(head.shape[1], head.shape[1], device=device),  # (C, C) and of s_val
         start=torch.zeros(K, dtype=torch.float64),  # the first mixture
         before={},  # the targets' val losses before training
+        lowest={"step": 0, "val_loss": math.inf},  # the report with the targets' lowest val loss
         run_sum=torch.zeros(K, dtype=torch.float64),  # of the mixture over all steps
         half_sum=torch.zeros(K, dtype=torch.float64),  # and over those of the last half
         drawn=torch.zeros(K, dtype=torch.int64))  # sequences seen of each source
@@ -844,6 +869,8 @@ def main(argv=None):
             if step == 0:
                 state.start.copy_(alpha)
                 state.before = target_losses
+            if target_loss < state.lowest["val_loss"]:
+                state.lowest = {"step": step, "val_loss": target_loss}
             seconds = time.perf_counter() - clock
             clock += seconds
             state.seconds += seconds
@@ -891,9 +918,9 @@ def main(argv=None):
             state.G.lerp_(g_val, 1 - DECAY)
             state.S.lerp_(s_val, 1 - DECAY)
             v = torch.ones_like(head)  # before the first step AdamW has none
-            if step > 0:
+            if step > 0 and args.curvature != "none":
                 v = optimizer.state[head]["exp_avg_sq"]  # another optimizer: see Fork it, README
-            PG = inverse_curvature(state.G, state.S, v)
+            PG = preconditioned(args.curvature, state.G, state.S, v)
 
         # ---- inner step: train on sequences drawn by q, weighted by r
         eps = args.uniform_share if searching else 0.0
@@ -945,7 +972,9 @@ def main(argv=None):
             A = alignments(step_parts.double().cpu(), r, learned, n_tokens)  # (K,)
             alignment_sum += A
             alignment_count += present
-            mixture_step(state.z, A, present, density, args.learning_rate_mixture)
+            # the rate falls to 0, so that the noise of single steps averages out
+            rate = args.learning_rate_mixture * (1 - step / args.max_steps)
+            mixture_step(state.z, state.scale, A, present, density, rate, step // args.outer_every)
             within_bounds(state.z, lower, upper)
         state.run_sum += alpha
         if step >= args.max_steps // 2:
@@ -978,6 +1007,8 @@ def main(argv=None):
         "test_loss": 0.0,
         "test_bits_per_byte": 0.0,
         "before": state.before,
+        "val_loss": target_loss,  # the targets' weighted mean at the end
+        "lowest": state.lowest,
         "targets": {},
         "sources": {},
         "searched": searching,

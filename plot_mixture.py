@@ -143,6 +143,7 @@ def result_table(result, warn=False):
     if len(result["targets"]) > 1:
         masked = any(target["learned_only"] for target in result["targets"].values())
         lines.append(f"mean of the targets: {losses_in_words(result | {'learned_only': masked})}")
+    lines += past_the_lowest(result)
     if warn:
         lines += search_warnings(result)
     return "\n".join(lines)
@@ -154,6 +155,16 @@ def losses_in_words(record):
     token = "learned token" if record.get("learned_only") else "token"
     return (f"test loss {record['test_loss']:.4f} per {token}, "
             f"{record['test_bits_per_byte']:.4f} bits per byte")
+
+
+def past_the_lowest(result):
+    """A line on a run that ended well above the lowest val loss it reported, as overfitting does."""
+    lowest = result.get("lowest")  # earlier versions did not write it
+    if not lowest or result["val_loss"] < 1.03 * lowest["val_loss"]:
+        return []
+    return [f"warning: the target's val loss was lowest, {lowest['val_loss']:.4f}, at step "
+            f"{lowest['step']}, and is {result['val_loss']:.4f} at the end; lower --max_steps or, "
+            "if a source repeats too often (epochs), give it more text"]
 
 
 def search_warnings(result):

@@ -128,6 +128,16 @@ def damped(factor):
     return factor + 0.1 * factor.trace() / len(factor) * torch.eye(len(factor))
 
 
+def times_P(curvature, G, S, v):
+    """P G. v is 1 everywhere before the first step, when AdamW has none yet."""
+    if curvature == "none":
+        return G
+    if curvature == "adamw":
+        return G / (v.sqrt() + 0.1 * v.sqrt().mean())
+    rows = torch.diag(v.mean(1))
+    return torch.linalg.inv(damped(rows)) @ G @ torch.linalg.inv(damped(S))
+
+
 def reference_search(folder, args):
     """
     What a search does, by the formulas alone: a backward pass for each source, and for each target
@@ -148,6 +158,7 @@ def reference_search(folder, args):
     G = 0
     S = 0
     v = torch.zeros_like(head)
+    all_rms = []  # fewer than 50, so that their mean is the scale
     history = []
     for step in range(args.max_steps):
         alpha = torch.softmax(z, 0)
@@ -158,10 +169,7 @@ def reference_search(folder, args):
             G_now, S_now = target_moments(net, targets, args, step)
             G = 0.9 * G + 0.1 * G_now
             S = 0.9 * S + 0.1 * S_now
-            rows = v.mean(1)
-            if step == 0:
-                rows = torch.ones(len(head))  # AdamW has no v yet
-            PG = torch.linalg.inv(damped(torch.diag(rows))) @ G @ torch.linalg.inv(damped(S))
+            PG = times_P(args.curvature, G, S, v if step > 0 else torch.ones_like(v))
 
         # inner step: tokens drawn by q, and each source's tokens weighted by r
         q = 0.75 * alpha + 0.25 / K
@@ -196,8 +204,9 @@ def reference_search(folder, args):
             beta = alpha[there] * density[there] / (alpha * density)[there].sum()
             relative = density[there] / (alpha * density)[there].sum() * alpha[there].sum()
             mean = (beta * A[there]).sum()
-            rms = (beta * A[there]**2).sum().sqrt()
-            z[there] += args.learning_rate_mixture * relative * (A[there] - mean) / rms
+            all_rms.append((beta * A[there]**2).sum().sqrt())
+            rate = args.learning_rate_mixture * (args.max_steps - step) / args.max_steps
+            z[there] += rate * relative * (A[there] - mean) / np.mean(all_rms)
         history.append(torch.stack([alpha, A, losses]))
     return torch.stack(history, 1).numpy()
 
@@ -209,9 +218,12 @@ def logged(rows, key):
 
 
 @pytest.mark.parametrize("sources, targets, flags", [
-    (["text", "other", "qa"], ["text"], {}),
-    (["text", "other"], ["other"], {"outer_every": 3, "grad_accum": 2, "batch_size": 4}),
-    (["qa", "text", "other"], ["qa", "text"], {"batch_size": 2})])
+    (["text", "other", "qa"], ["text"], {"curvature": "kfac"}),
+    (["text", "other", "qa"], ["text"], {"curvature": "adamw"}),
+    (["text", "other", "qa"], ["text"], {"curvature": "none"}),
+    (["text", "other"], ["other"],
+     {"outer_every": 3, "grad_accum": 2, "batch_size": 4, "curvature": "kfac"}),
+    (["qa", "text", "other"], ["qa", "text"], {"batch_size": 2, "curvature": "kfac"})])
 def test_search_equals_a_plain_reference(tmp_path, sources, targets, flags):
     """
     With masks and without, several targets, micro-batches, seldom outer steps, and sources that
@@ -224,7 +236,7 @@ def test_search_equals_a_plain_reference(tmp_path, sources, targets, flags):
     example_set(tmp_path / "data" / "qa", 1, 3, n=400)
     args = {"seed": 5, "n_layer": 1, "n_head": 2, "n_embd": 32, "block_size": 16, "batch_size": 8,
             "grad_accum": 1, "target_batch_size": 4, "warmup_steps": 3, "max_steps": 16,
-            "learning_rate": 1e-2, "learning_rate_mixture": 0.1, "weight_decay": 0.1,
+            "learning_rate": 1e-2, "learning_rate_mixture": 0.2, "weight_decay": 0.1,
             "grad_clip": 1.0, "outer_every": 1}
     args |= flags
     command = []
