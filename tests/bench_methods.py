@@ -245,22 +245,32 @@ SEARCHES = {  # name: flags
     "paper": {"curvature": "none", "uniform_share": 1, "outer_every": 20},
     "authors": {"curvature": "none", "uniform_share": 1, "outer_every": 20, "target_batch_size": 8,
                 "learning_rate_mixture": 0.01},
-    "DoGE": {"curvature": "none"},
+    "DoGE": {"curvature": "none", "learning_rate_mixture": 0.02},
     "DoReMi": {"learning_rate_mixture": 0.1},
 }
 
 
+def in_place_of_mixture_step(rule):
+    """rule(z, A, present, rate) -> what replaces fastmix.mixture_step(). Its rate does not fall."""
+    rates = []
+
+    def mixture_step(z, scale, A, present, density, rate, n):
+        rates.append(rate)
+        rule(z, A, present, rates[0])
+
+    return mixture_step
+
+
 class DoGE:
     """
-    In place of mixture_step(): alpha_k in proportion to alpha_k exp(step A_k), by DoGE (Fan et
-    al., arXiv 2310.15393). The step is in units of 1 / (running mean of max |A|), because
-    alignments have no natural unit.
+    A rule: alpha_k in proportion to alpha_k exp(step A_k), by DoGE (Fan et al., arXiv 2310.15393).
+    The step is in units of 1 / (running mean of max |A|), because alignments have no natural unit.
     """
 
     def __init__(self):
         self.largest = []
 
-    def __call__(self, z, A, present, density, rate, *rest):
+    def __call__(self, z, A, present, rate):
         A = torch.where(present, A, 0.0)
         self.largest.append(A.abs().max().item())
         z += rate * A / np.mean(self.largest[-100:])
@@ -268,15 +278,15 @@ class DoGE:
 
 class Authors:
     """
-    In place of mixture_step(): Adam on the gradient over z, as in hrtan/fastmix at b2a4051. The
-    other parts of their setting are uniform draws with loss weights and the raw gradient at the
-    head. Here the target's sequences are drawn afresh at each outer step.
+    A rule: Adam on the gradient over z, as in hrtan/fastmix at b2a4051. The other parts of their
+    setting are uniform draws with loss weights and the raw gradient at the head. Here the target's
+    sequences are drawn afresh at each outer step.
     """
 
     def __init__(self):
         self.optimizer = None
 
-    def __call__(self, z, A, present, density, rate, *rest):
+    def __call__(self, z, A, present, rate):
         if self.optimizer is None:
             self.optimizer = torch.optim.Adam([z], lr=rate, betas=(0.9, 0.95), eps=1e-30)
         alpha = torch.softmax(z, 0)
@@ -310,10 +320,10 @@ def doremi(reference):
         by_source = excess.flatten().tensor_split(ends[:-1])
         return loss, token_loss, torch.stack([part.sum() for part in by_source])
 
-    def mixture_step(z, A, present, density, rate, *rest):
+    def rule(z, A, present, rate):
         z += rate * torch.where(present, A, 0.0)
 
-    return {"batch_loss": batch_loss, "mixture_step": mixture_step}
+    return {"batch_loss": batch_loss, "mixture_step": in_place_of_mixture_step(rule)}
 
 
 def rules_of(search, reference=None):
@@ -322,9 +332,9 @@ def rules_of(search, reference=None):
     the checkpoint of its reference model.
     """
     if search == "DoGE":
-        return {"mixture_step": DoGE(), "DECAY": 0.0}
+        return {"mixture_step": in_place_of_mixture_step(DoGE()), "DECAY": 0.0}
     if search == "authors":
-        return {"mixture_step": Authors(), "DECAY": 0.0}
+        return {"mixture_step": in_place_of_mixture_step(Authors()), "DECAY": 0.0}
     if search == "DoReMi":
         return doremi(reference)
     return {}

@@ -226,7 +226,9 @@ class Runner:
                     raise
                 self.store(job.key, run)
                 task, what, seed, steps, size = job.key
-                loss = "" if run.test_loss is None else f"{run.test_loss:.4f}"
+                loss = "no loss"
+                if run.test_loss is not None:
+                    loss = f"{run.test_loss:.4f}"
                 print(f"{n}/{len(pending)} {task:11s} {what:32s} seed {seed} {size} {steps}: "
                       f"{loss}  ({run.seconds:.0f} s)", flush=True)
 

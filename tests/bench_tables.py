@@ -357,8 +357,10 @@ def best_by_surface(results, task, args, surface, measured_on=None):
     i = predicted.argmin()
     best = surface.fitted[i]
     names = [key.what for key, run in fixed_runs(results, task, args) if run.mixture == best]
-    effect = 0.0 if measured_on is None else surface.seed_effect[measured_on]
-    return Best(names[0], best, predicted[i] + effect)
+    loss = predicted[i]
+    if measured_on is not None:
+        loss += surface.seed_effect[measured_on]
+    return Best(names[0], best, loss)
 
 
 def best_single_source(results, task, args):
@@ -460,7 +462,9 @@ def header_of(titles):
 
 def signed(value):
     """A cell of one figure; NaN is an empty one."""
-    return "" if np.isnan(value) else f"{value:+.2f}"
+    if np.isnan(value):
+        return ""
+    return f"{value:+.2f}"
 
 
 def cell(values, n_seeds, predicted=None):
@@ -488,7 +492,9 @@ def group_of(task):
     """Tasks of a group share a table."""
     if few_runs(task):
         return "few runs"
-    return "BPE" if has_bpe(task) else "bytes"
+    if has_bpe(task):
+        return "BPE"
+    return "bytes"
 
 
 def show(results, args):
@@ -593,7 +599,9 @@ def show_for_readme(results, tasks, args, bests):
         means = []
         for what in README_COLUMNS:
             values = regret(results, task, what, args, bests[task])
-            means.append(np.nan if values is None else values.mean())
+            if values is None:
+                values = np.nan
+            means.append(np.mean(values))
         if np.isfinite(means[:-1]).all():
             whole.append(means)
         print(row_of(TASKS[task].title, map(signed, means)))
@@ -659,18 +667,17 @@ def tuning_regret(results, task, what, args, surface, least):
         if run is not None:
             loss = surface.predict(run.found["last_half_average"])[0]
             values.append(100 * (loss / least - 1))
-    return np.mean(values) if values else np.nan
+    if not values:
+        return np.nan
+    return np.mean(values)
 
 
 def show_tuning(results, tasks, args, surfaces):
     """By the response surface, so that a setting costs a search and no training afterwards."""
-    searches = {}  # {what: title}
-    for setting in SETTINGS:
-        title = named(setting).removeprefix("search ")
-        searches[named(setting)] = f"`{title}`" if setting else title
+    searches = [named(setting) for setting in SETTINGS]
     for key in results:
-        if key.what.startswith("search tried "):
-            searches[key.what] = key.what.removeprefix("search ")
+        if key.what.startswith("search tried ") and key.what not in searches:
+            searches.append(key.what)
 
     columns = {}  # {task: [regret of each search]}
     for task in tasks:
@@ -686,7 +693,10 @@ def show_tuning(results, tasks, args, surfaces):
     print(f"\nsearches of seeds {TUNING_SEEDS[0]} and {TUNING_SEEDS[1]}, average of the last half: "
           "% of the loss above the best fixed mixture known, by the response surface\n")
     print(header_of([TASKS[task].title for task in columns]))
-    for title, *row in zip(searches.values(), *columns.values()):
+    for what, *row in zip(searches, *columns.values()):
+        title = what.removeprefix("search ")
+        if title.startswith("--"):
+            title = f"`{title}`"
         if not np.isnan(row).all():
             print(row_of(title, map(signed, row)))
 
