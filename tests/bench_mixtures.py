@@ -1,10 +1,10 @@
 """
-Does the search find the best mixture, and at what price? FastMix against fixed mixtures, a
-RegMix-style search and the rules of DoGE and DoReMi, by the target's test loss of models trained
-from scratch for the same number of steps at the mixture that each recommends.
+Does the search find the best mixture, and at what price? FastMix against fixed mixtures, n-gram
+models, a RegMix-style search and the rules of DoGE and DoReMi, by the target's test loss of models
+trained for the same number of steps at the mixture that each recommends.
 
     python tests/bench_mixtures.py --quick         one task, short runs: 3 minutes on 2 cores
-    python tests/bench_mixtures.py                 four tasks: hours on 2 cores
+    python tests/bench_mixtures.py                 nine tasks: many hours on 2 cores
     python tests/bench_mixtures.py --gpt2_ranks FILE.tiktoken        two more, with a BPE vocabulary
     python tests/bench_mixtures.py --stages transfer repetition sensitivity     the other questions
     python tests/bench_mixtures.py --table --results tests/bench_mixtures.jsonl         runs nothing
@@ -42,13 +42,15 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import fastmix  # noqa: E402
 from bench_methods import (BYTES, DEFAULTS, LARGER, SEARCHES, SIZES, TASKS, data_of,  # noqa: E402
-                           has_bpe, prepare, read, regmix, rules_of, size_of, sources_of)
+                           few_runs, has_bpe, ngram_mixture_of, prepare, read, regmix, rules_of,
+                           size_of, sources_of, sqrt_mixture, tried_mixtures)
 from bench_tables import (REGMIX, REPETITION, REPETITION_SEEDS, ROWS, SETTINGS,  # noqa: E402
                           TUNING_SEEDS, Key, Run, append, best_fixed, load, named, save, seeds_of,
-                          show)
+                          show, steps_of)
 from ensemble import train_many  # noqa: E402
 
-AT_ONCE = {"base": 320, "large": 64, "bpe": 48, "bpe_large": 12}  # runs on a GPU, by its memory
+# runs on a GPU, by its memory
+AT_ONCE = {"base": 320, "sample": 128, "large": 64, "bpe": 48, "bpe_large": 12}
 
 
 # ---- one run -------------------------------------------------------------------------------------
@@ -63,19 +65,24 @@ class Job:
 
 def settings_of(work, key):
     """fastmix.py's flags of every run, {flag: value}."""
-    _, sources, target = TASKS[key.task]
+    task = TASKS[key.task]
     n_layer, n_head, n_embd = SIZES[key.size]
     on_gpu = key.size != "base" and torch.cuda.is_available()
-    return {"sources": sources, "target": target, "data_dir": data_of(work, key.task),
-            "seed": key.seed, "max_steps": key.steps, "log_every": max(1, key.steps // 40),
-            "n_layer": n_layer, "n_head": n_head, "n_embd": n_embd, "eval_tokens": 1024,
-            "learning_rate": 2e-3,  # half the default: seeds differ by less
-            "device": "cuda" if on_gpu else "cpu", "dtype": "float32"}
+    settings = {"sources": task.sources, "target": task.target,
+                "data_dir": data_of(work, key.task), "seed": key.seed, "max_steps": key.steps,
+                "log_every": max(1, key.steps // 40), "n_layer": n_layer, "n_head": n_head,
+                "n_embd": n_embd, "eval_tokens": 1024,
+                "learning_rate": 2e-3,  # half the default: seeds differ by less
+                "device": "cuda" if on_gpu else "cpu", "dtype": "float32"}
+    settings |= task.flags
+    if "init_from" in settings:
+        settings["init_from"] = Path(work, settings["init_from"])
+    return settings
 
 
 def test_tokens_of(task):
     """How many tokens of each target's test split are evaluated."""
-    n_targets = len(TASKS[task][2].split(","))
+    n_targets = len(TASKS[task].target.split(","))
     return 2**17 // n_targets
 
 
@@ -97,15 +104,28 @@ def rounded(mixture):
     return [round(share, 5) for share in mixture.values()]
 
 
+def ngram_search(work, task):
+    """-> Run, which trains nothing: its result is the mixture, and how many seconds it took."""
+    start = time.time()
+    with contextlib.redirect_stdout(io.StringIO()):
+        shares = ngram_mixture_of(data_of(work, task), task)
+    found = {"mixture": [round(share, 5) for share in shares.tolist()]}
+    return Run(None, round(time.time() - start, 1), found=found)
+
+
 def one_run(work, job):
     """Job -> Run, in a process of the pool."""
     torch.set_num_threads(1)
     key = job.key
+    if key.what == "search ngram":
+        return ngram_search(work, key.task)
     flags = dict(job.flags)
     rules = {}
-    if isinstance(job.mixture, str):
+    if job.mixture is None:
+        flags = TASKS[key.task].search_flags | flags
+    elif isinstance(job.mixture, str):
         flags["mixture"] = job.mixture
-    elif job.mixture is not None:
+    else:
         pairs = zip(sources_of(key.task), job.mixture)
         flags["mixture"] = ",".join(f"{name}={share:.6f}" for name, share in pairs)
     with tempfile.TemporaryDirectory(dir=work) as folder:
@@ -113,7 +133,8 @@ def one_run(work, job):
             search = key.what.removeprefix("search ")
             reference = Path(folder, "reference")
             if search == "DoReMi":
-                train(work, key, reference, {"mixture": "uniform"}, {})
+                train(work, key, reference, {**TASKS[key.task].search_flags, "mixture": "uniform"},
+                      {})
             rules = rules_of(search, reference / "ckpt.pt")
         result = train(work, key, Path(folder, "out"), flags, rules)
     run = Run(round(result["test_loss"], 5), result["seconds"])
@@ -163,7 +184,7 @@ class Runner:
         save(self.path, self.results)
 
     def key(self, task, what, seed, steps=None, size=None):
-        return Key(task, what, seed, steps or self.args.steps, size or size_of(task))
+        return Key(task, what, seed, steps or steps_of(self.args, task), size or size_of(task))
 
     def get(self, task, what, seed, **where):
         return self.results.get(self.key(task, what, seed, **where))
@@ -183,7 +204,9 @@ class Runner:
         for_pool = []
         for_gpu = {}  # {(task, size, steps): [Job]}
         for key, job in self.jobs.items():
-            if job.mixture is not None and torch.cuda.is_available():
+            # tests/ensemble.py knows no checkpoints and no masks
+            alone = "init_from" in TASKS[key.task].flags
+            if job.mixture is not None and torch.cuda.is_available() and not alone:
                 for_gpu.setdefault((key.task, key.size, key.steps), []).append(job)
             else:
                 for_pool.append(job)
@@ -203,8 +226,11 @@ class Runner:
                     raise
                 self.store(job.key, run)
                 task, what, seed, steps, size = job.key
-                print(f"{n}/{len(pending)} {task:7s} {what:32s} seed {seed} {size} {steps}: "
-                      f"{run.test_loss:.4f}  ({run.seconds:.0f} s)", flush=True)
+                loss = "no loss"
+                if run.test_loss is not None:
+                    loss = f"{run.test_loss:.4f}"
+                print(f"{n}/{len(pending)} {task:11s} {what:32s} seed {seed} {size} {steps}: "
+                      f"{loss}  ({run.seconds:.0f} s)", flush=True)
 
     def run_on_gpu(self, name, jobs):
         task, size, steps = name
@@ -229,10 +255,18 @@ def sparse_mixtures(task, args):
     return np.random.default_rng(2).dirichlet(np.full(len(sources_of(task)), 0.4), n)
 
 
+def named_mixtures(task, args):
+    """{name: mixture} of those that have a row of their own and need no search."""
+    sqrt = sqrt_mixture(data_of(args.work, task), sources_of(task))
+    return {"uniform": "uniform", "proportional": "proportional", "sqrt": sqrt}
+
+
 def fixed_mixtures(task, args):
     """{name: mixture} of those that no search is needed for."""
+    fixed = named_mixtures(task, args)
+    if few_runs(task):
+        return fixed
     names = sources_of(task)
-    fixed = {"uniform": "uniform", "proportional": "proportional"}
     for name, mixture in zip(names, np.eye(len(names))):
         fixed[f"only {name}"] = mixture
     for i, mixture in enumerate(random_mixtures(task, args)):
@@ -247,25 +281,32 @@ def compare(runner, args):
     runner.run()
     for task in args.tasks:
         add_found(runner, args, task)
-        add_regmix(runner, args, task)
+        if not few_runs(task):
+            add_regmix(runner, args, task)
     runner.run()
     for task in args.tasks:
-        add_best(runner, args, task)
+        if not few_runs(task):
+            add_best(runner, args, task)
     runner.run()
 
 
 def add_searches(runner, args, task):
     """The searches, and fixed mixtures: most of these on the first seed only."""
+    everywhere = named_mixtures(task, args)
+    runner.add(task, "search ngram", args.seeds[0])
     for seed in seeds_of(args, task):
         for search in args.searches:
             runner.add(task, f"search {search}", seed, flags=SEARCHES[search])
         for what, mixture in fixed_mixtures(task, args).items():
-            if seed == args.seeds[0] or what in ("uniform", "proportional"):
+            if seed == args.seeds[0] or what in everywhere:
                 runner.add(task, what, seed, mixture)
 
 
 def add_found(runner, args, task):
-    """The mixtures that the searches found, on the seed of each search."""
+    """The mixtures that the searches found, on the seed of each search; the n-grams' on all."""
+    by_ngrams = runner.get(task, "search ngram", args.seeds[0]).found["mixture"]
+    for seed in seeds_of(args, task):
+        runner.add(task, "ngram", seed, by_ngrams)
     for what in ROWS:
         search, _, taken = what.partition(": ")
         if search not in args.searches or taken == "trajectory":
@@ -308,12 +349,20 @@ def add_best(runner, args, task):
 
 
 def surface(runner, args):
-    """Fixed mixtures on all seeds, for the response surface and for the best one known."""
+    """
+    Fixed mixtures for the response surface and for the best one known: on all seeds, or in tasks
+    with few runs each on one, in turn.
+    """
     for task in args.tasks:
+        seeds = seeds_of(args, task)
+        if few_runs(task):
+            for i, mixture in enumerate(tried_mixtures(task)):
+                runner.add(task, f"design {i}", seeds[i % len(seeds)], mixture)
+            continue
         mixtures = fixed_mixtures(task, args)
         for i, mixture in enumerate(sparse_mixtures(task, args)):
             mixtures[f"sparse {i}"] = mixture
-        for seed in seeds_of(args, task):
+        for seed in seeds:
             for what, mixture in mixtures.items():
                 runner.add(task, what, seed, mixture)
     runner.run()
@@ -328,7 +377,9 @@ def transfer(runner, args):
     """
     runs = []  # (task, seed, where)
     for task in args.tasks:
-        where = {"steps": 2 * args.steps, "size": LARGER[size_of(task)]}
+        if few_runs(task):
+            continue
+        where = {"steps": 2 * steps_of(args, task), "size": LARGER[size_of(task)]}
         for seed in args.seeds[:2]:
             runs.append((task, seed, where))
     for task, seed, where in runs:
@@ -337,8 +388,8 @@ def transfer(runner, args):
         runner.add(task, "uniform", seed, "uniform", **where)
         runner.add(task, "proportional", seed, "proportional", **where)
         runner.add(task, "FastMix: last_half_average", seed, found, **where)
-        best, mixture = best_fixed(runner.results, task, args)
-        runner.add(task, "best fixed", seed, mixture, **where)
+        best = best_fixed(runner.results, task, args)
+        runner.add(task, "best fixed", seed, best.mixture, **where)
         on_bytes = runner.get(BYTES.get(task), "search FastMix", seed, size="base")
         if on_bytes is not None:
             found = on_bytes.found["last_half_average"]
@@ -364,7 +415,7 @@ def repetition(runner, args):
     The scarce task, trained four times as long as it is searched: what a search finds without and
     with that run's repetition (--train_tokens) and caps (--max_epochs, which has no default).
     """
-    steps = 4 * args.steps
+    steps = 4 * steps_of(args, "scarce")
     tokens = steps * DEFAULTS["batch_size"] * DEFAULTS["block_size"]
     scarce = len(read(data_of(args.work, "scarce"), "prose_2", "train"))
     searches = {name: f"search for {steps} steps, {name}" for name in REPETITION}
@@ -404,7 +455,7 @@ def parse_args():
     add("--seeds", nargs="+", type=int, default=[11, 12, 13, 14, 15],
         help="the first is for random mixtures and the choice of those that run on all; the "
         "others measure")
-    add("--steps", type=int, default=600)
+    add("--steps", type=int, help="of a run, in place of the task's own")
     add("--random", type=int, default=64, help="runs at random mixtures, for RegMix")
     add("--best", type=int, default=5, help="best mixtures of the first seed to run on all seeds")
     add("--jobs", type=int, default=os.cpu_count())
@@ -438,6 +489,21 @@ def prepare_all(args):
     elif not folder.exists():
         print("tasks with a BPE vocabulary are left out: they need gpt2's, --gpt2_ranks FILE")
         args.tasks = [task for task in args.tasks if not has_bpe(task)]
+    if "masked" in args.tasks:
+        pretrain(args.work)
+
+
+def pretrain(work):
+    """The checkpoint that the masked task's runs start from, if it is not there: of the sample."""
+    final = Path(work, TASKS["masked"].flags["init_from"]).parent
+    if final.exists():
+        return
+    print("training the checkpoint that the masked task starts from")
+    key = Key("sample", "proportional", 0, TASKS["sample"].steps, size_of("sample"))
+    with tempfile.TemporaryDirectory(dir=work) as folder:
+        out = Path(folder, "out")
+        train(work, key, out, {"mixture": "proportional"}, {})
+        out.rename(final)
 
 
 def main():

@@ -4,9 +4,11 @@ Stored runs -> tables in Markdown and a figure: the second half of tests/bench_m
 Results are {Key: Run}. A mixture is judged by its regret, which is how much higher a model's test
 loss is, in %, than at the best fixed mixture known. One run's loss has a noise of half a percent,
 so tables show two figures: what was measured, and what a response surface says that was fitted to
-all runs of the task at fixed mixtures.
+all runs of the task at fixed mixtures. Where few mixtures were trained at on all seeds, the surface
+also says which one is the best known.
 """
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -14,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from bench_flops import outer_step_flops, training_flops
-from bench_methods import (DEFAULTS, LARGER, SEARCHES, TASKS, WITH_CURVATURE, config_of, has_bpe,
+from bench_methods import (DEFAULTS, LARGER, SEARCHES, TASKS, config_of, few_runs, has_bpe,
                            size_of, sources_of)
 from prepare_data import save_atomically
 
@@ -22,20 +24,31 @@ REGMIX = (8, 16, 32, 64)  # runs of the RegMix-style search
 ROWS = {  # of the table: {"search: mixture taken from it": title}
     "uniform": "uniform",
     "proportional": "proportional to tokens",
+    "sqrt": "proportional to the root of the tokens",
+    "ngram": "n-gram EM, order 3",
     "best single source": "best single source",
     "FastMix: last_half_average": "**FastMix, average of the last half**",
     "FastMix: last": "FastMix, last mixture",
     "FastMix: run_average": "FastMix, average of the run",
     "FastMix: trajectory": "**FastMix, replayed trajectory**",  # from stored lines alone
-    "raw: last_half_average": "raw gradients (P = 1)",
+    "none: last_half_average": "raw gradients (P = 1)",
     "adamw: last_half_average": "AdamW's units (P = 1 / √v)",
-    "no running mean: last_half_average": "without the running mean",
+    "kfac: last_half_average": "K-FAC's curvature (P = H⁻¹)",
+    "paper: last_half_average": "the paper's setting (P = 1, ε = 1, every 20 steps)",
     "authors: last": "the authors' setting (head, every 20 steps, Adam on z), last",
     "DoGE: run_average": "DoGE's rule",  # summed up as both papers do
     "DoReMi: run_average": "DoReMi's rule",
     "RegMix 8": "RegMix-style, 8 runs",
     "RegMix 16": "RegMix-style, 16 runs",
     "RegMix 32": "RegMix-style, 32 runs",
+    "RegMix 64": "RegMix-style, 64 runs",
+}
+README_COLUMNS = {  # of the table for the README, whose rows are tasks
+    "uniform": "uniform",
+    "proportional": "proportional",
+    "ngram": "n-gram EM",
+    "paper: last_half_average": "the paper's setting",
+    "FastMix: last_half_average": "FastMix",
     "RegMix 64": "RegMix-style, 64 runs",
 }
 TRANSFER = {  # rows of the table of a larger model
@@ -55,7 +68,8 @@ REPETITION = {  # row: flags of the search, beside --train_tokens
     "both, 16 epochs": {"max_epochs": 16},
 }
 REPETITION_SEEDS = (12, 13, 14)
-SETTINGS = [  # of the sensitivity stage: flags of a search
+SETTINGS = [  # of the sensitivity stage: flags of a search. Stored lines may hold more, "search
+    # tried NAME": what was tried and is no flag.
     {},
     {"learning_rate_mixture": 0.005},
     {"learning_rate_mixture": 0.01},
@@ -70,6 +84,7 @@ SETTINGS = [  # of the sensitivity stage: flags of a search
     {"uniform_share": 1},
 ]
 TUNING_SEEDS = (1, 2)  # they choose settings, and measure nothing else
+MANY = 20  # mixtures on all seeds: enough to find the best one among them
 
 
 # ---- stored runs ---------------------------------------------------------------------------------
@@ -85,7 +100,7 @@ class Key(NamedTuple):
 
 @dataclass
 class Run:
-    test_loss: float
+    test_loss: float  # None for the n-grams' search, which trains nothing
     seconds: float
     mixture: list = None  # the K shares it was trained at, None for a search
     found: dict = None  # of a search: {"last": K shares, "last_half_average": .., ..}
@@ -138,18 +153,25 @@ def append(path, key, run):
         f.write(line_of(key, {key.seed: run}))
 
 
-# ---- seeds, losses and regret --------------------------------------------------------------------
+# ---- seeds and losses ----------------------------------------------------------------------------
+
+def steps_of(args, task):
+    """Of a run."""
+    return args.steps or TASKS[task].steps
+
 
 def seeds_of(args, task):
-    """The tasks with a BPE vocabulary have three seeds."""
-    return args.seeds[:3] if has_bpe(task) else args.seeds
+    """The tasks with a BPE vocabulary or with few runs have three seeds."""
+    return args.seeds[:3] if has_bpe(task) or few_runs(task) else args.seeds
 
 
 def measured_seeds(args, task):
     """
     The first seed chose which mixtures run on all seeds, so only the others measure. With one seed
-    it does both.
+    it does both. In a task with few runs nothing is chosen by a seed, and all measure.
     """
+    if few_runs(task):
+        return seeds_of(args, task)
     return seeds_of(args, task)[1:] or args.seeds
 
 
@@ -169,7 +191,7 @@ def fixed_runs(results, task, args):
     seeds = seeds_of(args, task)
     chosen = []
     for key, run in results.items():
-        of_task = (key.task, key.steps, key.size) == (task, args.steps, size_of(task))
+        of_task = (key.task, key.steps, key.size) == (task, steps_of(args, task), size_of(task))
         if of_task and run.mixture is not None and key.seed in seeds:
             chosen.append((key, run))
     return chosen
@@ -187,67 +209,6 @@ def on_all_seeds(results, task, args):
         if len(mixtures) == 1 and len(runs) == len(seeds_of(args, task)):
             whole[what] = runs
     return whole
-
-
-def best_fixed(results, task, args, measured_on=None):
-    """
-    The best fixed mixture known, as (what, mixture), by its mean loss over all seeds but the one
-    that it is to be measured on. There the best of many would owe a part of its lead to chance.
-    """
-    whole = on_all_seeds(results, task, args)
-    others = [seed for seed in seeds_of(args, task) if seed != measured_on]
-    if not others:
-        others = [measured_on]
-
-    def mean_loss(what):
-        return np.mean([whole[what][seed].test_loss for seed in others])
-
-    best = min(whole, key=mean_loss)
-    return best, next(iter(whole[best].values())).mixture
-
-
-def best_single_source(results, task, args):
-    """The name of the best run at one source alone, by the first seed, which has all of them."""
-    best = None
-    least = np.inf
-    for source in sources_of(task):
-        what = f"only {source}"
-        loss = losses(results, task, what, args.seeds[:1], args.steps)
-        if loss is not None and loss[0] < least:
-            least = loss[0]
-            best = what
-    return best
-
-
-def regret(results, task, what, args, best):
-    """
-    (S,) loss above the best fixed mixture known, in % of it, on each measured seed that ran; None
-    if none did. best {seed: (what, mixture)}: for each seed the one that is best on the others.
-    """
-    seeds = measured_seeds(args, task)
-    if what == "best single source":
-        seeds = args.seeds[:1]
-        what = best_single_source(results, task, args)
-    values = []
-    for seed in seeds:
-        loss = losses(results, task, what, [seed], args.steps)
-        if loss is not None:
-            least = losses(results, task, best[seed][0], [seed], args.steps)
-            values.append(100 * (loss[0] / least[0] - 1))
-    return np.array(values) if values else None
-
-
-def predicted_regret(results, task, what, args, best, surface):
-    """The mean of regret() by the response surface's predict; None for a row that is no mixture."""
-    if surface is None or what == "best single source":
-        return None
-    values = []
-    for seed in measured_seeds(args, task):
-        run = results.get(Key(task, what, seed, args.steps, size_of(task)))
-        if run is not None and run.mixture is not None:
-            least = surface(best[seed][1])[0]
-            values.append(100 * (surface(run.mixture)[0] / least - 1))
-    return np.mean(values) if values else None
 
 
 # ---- the response surface ------------------------------------------------------------------------
@@ -297,11 +258,21 @@ def log_shares(mixtures):
     return np.log(np.asarray(mixtures) + 0.05) / 3
 
 
+@dataclass
+class Surface:
+    """The test loss as a function of the mixture, of the runs of a task at fixed mixtures."""
+    predict: Callable  # mixtures (S, K) -> losses (S,), means over the seeds
+    error: float  # leave-one-out, in % of the least loss
+    noise: float  # standard deviation of one run, in % of the least loss
+    seed_effect: dict  # {seed: how much higher losses are on it}
+    n_whole: int  # mixtures that ran on all seeds
+    fitted: list  # the mixtures that it is fitted to
+
+
 def response_surface(results, task, args):
     """
-    (predict, error): predict maps mixtures (S, K) to losses (S,), as means over the seeds. It is
-    fitted to all runs of the task at fixed mixtures that are within a tenth of the best; error is
-    its leave-one-out error, in % of the best. (None, None) where there are few runs.
+    -> Surface, fitted to all runs of the task at fixed mixtures that are within a tenth of the
+    best. None where there are few runs.
     """
     seeds = seeds_of(args, task)
     by_mixture = {}  # {mixture: {seed: loss}}
@@ -312,13 +283,14 @@ def response_surface(results, task, args):
         if len(runs) == len(seeds):
             whole.append([runs[seed] for seed in seeds])
     if len(by_mixture) < 20 or len(seeds) < 2 or len(whole) < 3:
-        return None, None
+        return None
     whole = np.array(whole)
 
     # a seed's effect is the same on all mixtures; what is left is the noise of one run
     seed_effect = whole.mean(0) - whole.mean()  # (S,)
     rest = whole - whole.mean(1, keepdims=True) - seed_effect
-    noise = rest.std() * np.sqrt(len(seeds) / (len(seeds) - 1))
+    freedom = (len(whole) - 1) * (len(seeds) - 1)
+    noise = np.sqrt((rest**2).sum() / freedom)
 
     y = []  # the mean loss at each mixture, without the effects of the seeds that it ran on
     counts = []
@@ -327,27 +299,128 @@ def response_surface(results, task, args):
         counts.append(len(runs))
     y = np.array(y)
     near = y < 1.1 * whole.mean(1).min()
-    x = log_shares(list(by_mixture))[near]
-    predict, error = gaussian_process(x, y[near], noise / np.sqrt(np.array(counts)[near]))
+    fitted = np.array(list(by_mixture))[near]
+    noises = noise / np.sqrt(np.array(counts)[near])
+    predict, error = gaussian_process(log_shares(fitted), y[near], noises)
 
     def predict_mixtures(mixtures):
         return predict(log_shares(mixtures))
 
-    return predict_mixtures, 100 * error / y.min()
+    return Surface(predict_mixtures, 100 * error / y.min(), 100 * noise / y.min(),
+                   dict(zip(seeds, seed_effect)), len(whole), fitted.tolist())
+
+
+# ---- the best fixed mixture known, and regret ----------------------------------------------------
+
+@dataclass
+class Best:
+    what: str
+    mixture: list
+    loss: float  # to compare with: on one seed, or the mean over all
+
+
+def best_fixed(results, task, args, surface=None, measured_on=None):
+    """
+    The best fixed mixture known, to compare a run on the seed measured_on with, or by the means
+    over all seeds.
+
+    Where many mixtures ran on all seeds it is the one with the lowest mean loss over all seeds but
+    measured_on. There the best of many would owe a part of its lead to chance. Where few did, it is
+    the mixture tried whose loss by the surface is lowest; and its loss on a seed is that, plus the
+    effect of the seed.
+    """
+    if by_surface(surface):
+        return best_by_surface(results, task, args, surface, measured_on)
+    whole = on_all_seeds(results, task, args)
+    others = [seed for seed in seeds_of(args, task) if seed != measured_on]
+    if not others:
+        others = [measured_on]
+
+    def mean_loss(what):
+        return np.mean([whole[what][seed].test_loss for seed in others])
+
+    best = min(whole, key=mean_loss)
+    loss = mean_loss(best)
+    if measured_on is not None:
+        loss = whole[best][measured_on].test_loss
+    return Best(best, next(iter(whole[best].values())).mixture, loss)
+
+
+def by_surface(surface):
+    """Does the surface say which mixture is the best?"""
+    return surface is not None and surface.n_whole < MANY
+
+
+def best_by_surface(results, task, args, surface, measured_on=None):
+    """best_fixed() where few mixtures ran on all seeds."""
+    predicted = surface.predict(surface.fitted)
+    i = predicted.argmin()
+    best = surface.fitted[i]
+    names = [key.what for key, run in fixed_runs(results, task, args) if run.mixture == best]
+    loss = predicted[i]
+    if measured_on is not None:
+        loss += surface.seed_effect[measured_on]
+    return Best(names[0], best, loss)
+
+
+def best_single_source(results, task, args):
+    """The name of the best run at one source alone, by the first seed, which has all of them."""
+    best = None
+    least = np.inf
+    for source in sources_of(task):
+        what = f"only {source}"
+        loss = losses(results, task, what, args.seeds[:1], steps_of(args, task))
+        if loss is not None and loss[0] < least:
+            least = loss[0]
+            best = what
+    return best
+
+
+def regret(results, task, what, args, best):
+    """
+    (S,) loss above the best fixed mixture known, in % of it, on each measured seed that ran; None
+    if none did. best {seed: Best}.
+    """
+    seeds = measured_seeds(args, task)
+    if what == "best single source":
+        seeds = args.seeds[:1]
+        what = best_single_source(results, task, args)
+    values = []
+    for seed in seeds:
+        loss = losses(results, task, what, [seed], steps_of(args, task))
+        if loss is not None:
+            values.append(100 * (loss[0] / best[seed].loss - 1))
+    return np.array(values) if values else None
+
+
+def predicted_regret(results, task, what, args, best, surface):
+    """The mean of regret() by the response surface; None for a row that is no mixture."""
+    if surface is None or what == "best single source":
+        return None
+    values = []
+    for seed in measured_seeds(args, task):
+        run = results.get(Key(task, what, seed, steps_of(args, task), size_of(task)))
+        if run is not None and run.mixture is not None:
+            least = surface.predict(best[seed].mixture)[0]
+            values.append(100 * (surface.predict(run.mixture)[0] / least - 1))
+    return np.mean(values) if values else None
 
 
 # ---- costs ---------------------------------------------------------------------------------------
 
 def run_flops(task, steps):
     """Of a run of the task's proxy at a fixed mixture."""
-    tokens = DEFAULTS["batch_size"] * DEFAULTS["block_size"]
-    return steps * training_flops(config_of(size_of(task)), tokens)
+    settings = DEFAULTS | TASKS[task].flags
+    tokens = settings["batch_size"] * settings["block_size"]
+    return steps * training_flops(config_of(task), tokens)
 
 
 def search_flops(task, steps, search):
-    """Of a search, a key of SEARCHES, over the task's sources."""
-    config = config_of(size_of(task))
-    settings = DEFAULTS | SEARCHES[search]
+    """Of a search, a key of SEARCHES, over the task's sources, for runs of so many steps."""
+    config = config_of(task)
+    settings = DEFAULTS | {"max_steps": TASKS[task].steps} | TASKS[task].search_flags
+    settings |= SEARCHES[search]
+    steps *= settings["max_steps"] / TASKS[task].steps  # some searches are shorter
     target_tokens = settings["target_batch_size"] * config.block_size
     K = len(sources_of(task))
     if search == "DoReMi":
@@ -359,7 +432,7 @@ def search_flops(task, steps, search):
         # runs here on alignments that cost less, but is charged for its own.
         outer = (K + 1) * training_flops(config, target_tokens)
     else:
-        outer = outer_step_flops(config, target_tokens, K, search in WITH_CURVATURE)
+        outer = outer_step_flops(config, target_tokens, K, settings["curvature"] == "kfac")
     return run_flops(task, steps) + steps / settings["outer_every"] * outer
 
 
@@ -387,20 +460,27 @@ def header_of(titles):
     return "| | " + " | ".join(titles) + " |\n| --- |" + " --- |" * len(titles)
 
 
+def signed(value):
+    """A cell of one figure; NaN is an empty one."""
+    if np.isnan(value):
+        return ""
+    return f"{value:+.2f}"
+
+
 def cell(values, n_seeds, predicted=None):
     """Mean (lowest to highest; how many seeds, where not all ran), predicted."""
     if values is None:
         return ""
-    text = f"{values.mean():+.2f}"
+    text = signed(values.mean())
     notes = []
     if len(values) > 1:
-        notes.append(f"{values.min():+.2f} to {values.max():+.2f}")
+        notes.append(f"{signed(values.min())} to {signed(values.max())}")
     if len(values) < n_seeds:
         notes.append("1 seed" if len(values) == 1 else f"{len(values)} seeds")
     if notes:
         text += f" ({'; '.join(notes)})"
     if predicted is not None:
-        text += f", {predicted:+.2f}"
+        text += f", {signed(predicted)}"
     return text
 
 
@@ -408,87 +488,139 @@ def listed(task, mixture):
     return ", ".join(f"{name} {share:.2f}" for name, share in zip(sources_of(task), mixture))
 
 
+def group_of(task):
+    """Tasks of a group share a table."""
+    if few_runs(task):
+        return "few runs"
+    if has_bpe(task):
+        return "BPE"
+    return "bytes"
+
+
 def show(results, args):
     """Prints all tables that the results have runs for, and draws the figure."""
     tasks = []
     for task in args.tasks:
-        if losses(results, task, "uniform", seeds_of(args, task), args.steps) is not None:
+        steps = steps_of(args, task)
+        if losses(results, task, "uniform", seeds_of(args, task), steps) is not None:
             tasks.append(task)
     if not tasks:
-        print(f"{args.results} has no runs of {args.steps} steps on all of these seeds and one of "
-              "these tasks")
+        print(f"{args.results} has no runs on all of these seeds and one of these tasks")
         return
-    bests = {}  # {task: {seed: (what, mixture)}}
+    surfaces = {}  # {task: Surface}
+    bests = {}  # {task: {seed: Best}}
     for task in tasks:
-        bests[task] = {s: best_fixed(results, task, args, s) for s in seeds_of(args, task)}
-    for bpe in (False, True):
-        group = [task for task in tasks if has_bpe(task) == bpe]
-        if group:
-            show_tasks(results, group, args, bests)
+        surface = response_surface(results, task, args)
+        surfaces[task] = surface
+        bests[task] = {seed: best_fixed(results, task, args, surface, seed)
+                       for seed in seeds_of(args, task)}
+    for group in ("bytes", "BPE", "few runs"):
+        of_group = [task for task in tasks if group_of(task) == group]
+        if of_group:
+            show_tasks(results, of_group, args, bests, surfaces)
     show_transfer(results, tasks, args)
     show_repetition(results, args)
-    show_sensitivity(results, tasks, args)
-    figure(results, tasks, args, bests, Path(args.results).parent / "mixtures.png")
+    show_tuning(results, tasks, args, surfaces)
+    show_for_readme(results, tasks, args, bests)
+    with_regmix = [task for task in tasks if not few_runs(task)]
+    if with_regmix:
+        figure(results, with_regmix, args, bests, Path(args.results).parent / "mixtures.png")
 
 
-def show_tasks(results, tasks, args, bests):
-    """The comparison, for tasks with one vocabulary, and what was found for each task."""
+def show_tasks(results, tasks, args, bests, surfaces):
+    """The comparison, for the tasks of a group, and what was found for each task."""
     measured = measured_seeds(args, tasks[0])
-    surfaces = {task: response_surface(results, task, args) for task in tasks}
-    chosen = " (chosen on the other seeds)" if len(seeds_of(args, tasks[0])) > 1 else ""
-    print(f"\n{args.steps} steps, seeds {', '.join(map(str, measured))}; regret: % of the loss "
-          f"above the best fixed mixture known{chosen}, mean over the seeds (lowest to highest), "
-          "by the response surface\n")
-    print(header_of(["cost", *(TASKS[task][0] for task in tasks)]))
+    steps = sorted({steps_of(args, task) for task in tasks})
+    chosen = ""
+    if by_surface(surfaces[tasks[0]]):
+        chosen = " (the mixture tried whose loss by the response surface is lowest)"
+    elif len(seeds_of(args, tasks[0])) > 1:
+        chosen = " (chosen on the other seeds)"
+    print(f"\n{' or '.join(map(str, steps))} steps, seeds {', '.join(map(str, measured))}; regret: "
+          f"% of the loss above the best fixed mixture known{chosen}, mean over the seeds (lowest "
+          "to highest), by the response surface\n")
+    print(header_of(["cost", *(TASKS[task].title for task in tasks)]))
     for what, title in ROWS.items():
         cells = []
         for task in tasks:
-            predicted = predicted_regret(results, task, what, args, bests[task], surfaces[task][0])
             values = regret(results, task, what, args, bests[task])
+            predicted = predicted_regret(results, task, what, args, bests[task], surfaces[task])
             cells.append(cell(values, len(measured), predicted))
         if any(cells):
             print(row_of(title, [f"{cost_of(what, tasks[0]):.2f}", *cells]))
     for task in tasks:
-        show_found(results, task, args, surfaces[task][1])
+        show_found(results, task, args, surfaces[task])
     print()
-    steps = args.steps
-    print(f"uniform: {run_flops(tasks[0], steps):.3g} FLOPs")
-    print(f"search FastMix: {search_flops(tasks[0], steps, 'FastMix'):.3g} FLOPs")
+    for task in tasks:
+        run = run_flops(task, steps_of(args, task))
+        search = search_flops(task, steps_of(args, task), "FastMix")
+        print(f"{task}: {run:.3g} FLOPs at a fixed mixture, {search:.3g} (cost "
+              f"{search / run:.2f}) by a search with FastMix")
 
 
-def show_found(results, task, args, error):
-    """The best fixed mixture of a task, and what the searches found."""
+def show_found(results, task, args, surface):
+    """The best fixed mixture of a task, its noise, and what the searches found."""
     seeds = seeds_of(args, task)
-    best, mixture = best_fixed(results, task, args)
-    loss = losses(results, task, best, seeds, args.steps).mean()
-    uniform = losses(results, task, "uniform", seeds, args.steps)
+    steps = steps_of(args, task)
+    best = best_fixed(results, task, args, surface)
+    uniform = losses(results, task, "uniform", seeds, steps)
     tried = {tuple(run.mixture) for _, run in fixed_runs(results, task, args)}
     whole = set()
     for runs in on_all_seeds(results, task, args).values():
         whole.add(tuple(next(iter(runs.values())).mixture))
-    text = (f"\n{task}: best fixed mixture known {loss:.4f} nats per token "
-            f"({best}: {listed(task, mixture)}); uniform {uniform.mean():.4f}, its seeds differ by "
-            f"{100 * np.ptp(uniform) / uniform.mean():.2f}%; {len(tried)} mixtures, "
+    text = (f"\n{task}: best fixed mixture known {best.loss:.4f} nats per token "
+            f"({best.what}: {listed(task, best.mixture)}); uniform {uniform.mean():.4f}, its seeds "
+            f"differ by {100 * np.ptp(uniform) / uniform.mean():.2f}%; {len(tried)} mixtures, "
             f"{len(whole)} of them on all seeds")
-    if error is not None:
-        text += f"; leave-one-out error of the surface {error:.2f}%"
+    if surface is not None:
+        text += (f"; leave-one-out error of the surface {surface.error:.2f}%; noise of a run "
+                 f"{surface.noise:.2f}%")
+        if surface.noise > 1:
+            text += ", more than 1%"
     print(text)
+    by_ngrams = results.get(Key(task, "search ngram", args.seeds[0], steps, size_of(task)))
+    if by_ngrams is not None:
+        print(f"    n-gram EM found {listed(task, by_ngrams.found['mixture'])} in "
+              f"{by_ngrams.seconds:.0f} s")
     for seed in seeds:
-        run = results.get(Key(task, "search FastMix", seed, args.steps, size_of(task)))
+        run = results.get(Key(task, "search FastMix", seed, steps, size_of(task)))
         if run is not None:
             print(f"    seed {seed} found {listed(task, run.found['last_half_average'])}")
 
 
+def show_for_readme(results, tasks, args, bests):
+    """The measured means of some rows, for the tasks on bytes."""
+    print("\nthe README's table: means of what was measured\n")
+    print(header_of(list(README_COLUMNS.values())))
+    whole = []  # rows without a gap but for RegMix, (., columns)
+    for task in tasks:
+        if has_bpe(task):
+            continue
+        means = []
+        for what in README_COLUMNS:
+            values = regret(results, task, what, args, bests[task])
+            if values is None:
+                values = np.nan
+            means.append(np.mean(values))
+        if np.isfinite(means[:-1]).all():
+            whole.append(means)
+        print(row_of(TASKS[task].title, map(signed, means)))
+    if whole:
+        means = np.mean(whole, axis=0)  # NaN where a task has no RegMix
+        print(row_of(f"mean of {len(whole)}", map(signed, means)))
+
+
 def show_transfer(results, tasks, args):
-    steps = 2 * args.steps
     there = []  # tasks with such runs
     for task in tasks:
-        if Key(task, "searched there", args.seeds[0], steps, LARGER[size_of(task)]) in results:
+        where = (2 * steps_of(args, task), LARGER.get(size_of(task)))
+        if Key(task, "searched there", args.seeds[0], *where) in results:
             there.append(task)
     if not there:
         return
+    steps = 2 * steps_of(args, there[0])
     print(f"\na larger model, {steps} steps: % of uniform's loss on the same seed\n")
-    print(header_of([TASKS[task][0] for task in there]))
+    print(header_of([TASKS[task].title for task in there]))
     for what, title in TRANSFER.items():
         cells = []
         for task in there:
@@ -505,7 +637,7 @@ def show_transfer(results, tasks, args):
 
 
 def show_repetition(results, args):
-    steps = 4 * args.steps
+    steps = 4 * steps_of(args, "scarce")
     uniform = losses(results, "scarce", "uniform", REPETITION_SEEDS, steps)
     if uniform is None:
         return
@@ -527,38 +659,46 @@ def named(setting):
     return "search " + (flags or "at the defaults")
 
 
-def show_sensitivity(results, tasks, args):
+def tuning_regret(results, task, what, args, surface, least):
+    """Of a search's averages of the last half on the tuning seeds; NaN where none ran."""
+    values = []
+    for seed in TUNING_SEEDS:
+        run = results.get(Key(task, what, seed, steps_of(args, task), size_of(task)))
+        if run is not None:
+            loss = surface.predict(run.found["last_half_average"])[0]
+            values.append(100 * (loss / least - 1))
+    if not values:
+        return np.nan
+    return np.mean(values)
+
+
+def show_tuning(results, tasks, args, surfaces):
     """By the response surface, so that a setting costs a search and no training afterwards."""
-    there = []
-    surfaces = {}
+    searches = [named(setting) for setting in SETTINGS]
+    for key in results:
+        if key.what.startswith("search tried ") and key.what not in searches:
+            searches.append(key.what)
+
+    columns = {}  # {task: [regret of each search]}
     for task in tasks:
-        surface, _ = response_surface(results, task, args)
-        searched = Key(task, named({}), TUNING_SEEDS[0], args.steps, size_of(task)) in results
-        if searched and surface is not None:
-            there.append(task)
-            surfaces[task] = surface
-    if not there:
+        surface = surfaces[task]
+        if surface is not None:
+            least = surface.predict(best_fixed(results, task, args, surface).mixture)[0]
+            column = [tuning_regret(results, task, what, args, surface, least)
+                      for what in searches]
+            if not np.isnan(column).all():
+                columns[task] = column
+    if not columns:
         return
     print(f"\nsearches of seeds {TUNING_SEEDS[0]} and {TUNING_SEEDS[1]}, average of the last half: "
           "% of the loss above the best fixed mixture known, by the response surface\n")
-    print(header_of([TASKS[task][0] for task in there]))
-    least = {}
-    for task in there:
-        least[task] = surfaces[task](best_fixed(results, task, args)[1])[0]
-    for setting in SETTINGS:
-        cells = []
-        for task in there:
-            values = []
-            for seed in TUNING_SEEDS:
-                key = Key(task, named(setting), seed, args.steps, size_of(task))
-                if key in results:
-                    loss = surfaces[task](results[key].found["last_half_average"])[0]
-                    values.append(100 * (loss / least[task] - 1))
-            cells.append(f"{np.mean(values):+.2f}")
-        title = named(setting).removeprefix("search ")
-        if setting:
+    print(header_of([TASKS[task].title for task in columns]))
+    for what, *row in zip(searches, *columns.values()):
+        title = what.removeprefix("search ")
+        if title.startswith("--"):
             title = f"`{title}`"
-        print(row_of(title, cells))
+        if not np.isnan(row).all():
+            print(row_of(title, map(signed, row)))
 
 
 # ---- the figure ----------------------------------------------------------------------------------
@@ -568,7 +708,8 @@ POINTS = [  # label, colour, marker, rank among those of about one cost, rows
     ("FastMix, last half", "#0072B2", "o", 0, ["FastMix: last_half_average"]),
     ("FastMix, replayed", "#56B4E9", "D", 4, ["FastMix: trajectory"]),
     ("in AdamW's units", "#332288", "X", 1, ["adamw: last_half_average"]),
-    ("raw gradients", "#D55E00", "P", 3, ["raw: last_half_average"]),
+    ("raw gradients", "#D55E00", "P", 3, ["none: last_half_average"]),
+    ("the paper's setting", "#44AA99", "<", 2, ["paper: last_half_average"]),
     ("the authors' setting", "#999933", "v", 0, ["authors: last"]),
     ("DoGE's rule", "#E69F00", "^", 5, ["DoGE: run_average"]),
     ("DoReMi's rule", "#CC79A7", "v", 0, ["DoReMi: run_average"]),
@@ -577,7 +718,7 @@ POINTS = [  # label, colour, marker, rank among those of about one cost, rows
 
 def draw_task(ax, results, task, args, best):
     """One panel: regret against the cost of the search."""
-    for what, style in (("uniform", "--"), ("proportional", ":")):
+    for what, style in (("uniform", "--"), ("proportional", ":"), ("ngram", "-.")):
         values = regret(results, task, what, args, best)
         if values is not None:
             ax.axhline(values.mean(), color="#666666", linestyle=style, linewidth=1, label=what)
@@ -595,7 +736,7 @@ def draw_task(ax, results, task, args, best):
             ax.errorbar(x, y, yerr=(below, above), color=colour, marker=marker, markersize=6,
                         linewidth=1, capsize=2, label=label)
     ticks = [1, 2, 4, 8, 16, 32, 64]
-    ax.set(title=TASKS[task][0], xlabel="cost of the search (proxy runs)", xscale="log",
+    ax.set(title=TASKS[task].title, xlabel="cost of the search (proxy runs)", xscale="log",
            xlim=(0.8, 90))
     ax.set_xticks(ticks, [str(tick) for tick in ticks], minor=False)
     ax.minorticks_off()
@@ -617,7 +758,11 @@ def figure(results, tasks, args, bests, path):
         draw_task(ax, results, task, args, bests[task])
     for ax in axes[:, 0]:
         ax.set_ylabel("loss above the best, %")
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    fig.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
+    entries = {}  # {label: handle}; a panel need not have all
+    for ax in axes.flat[:len(tasks)]:
+        handles, labels = ax.get_legend_handles_labels()
+        entries |= dict(zip(labels, handles))
+    fig.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=4, fontsize=8,
+               frameon=False)
     fig.savefig(path)
     print(f"\nwrote {path}")
