@@ -33,9 +33,11 @@ class Task:
     steps: int = 600  # of a run
     flags: dict = field(default_factory=dict)  # of all runs
     search_flags: dict = field(default_factory=dict)  # of searches, beside these
-    # A mixture that the tried ones are drawn around. Each of them is trained at on one seed.
-    # Without it they are drawn from the whole simplex, and most are trained at on all seeds.
-    around: tuple = ()
+    # How many mixtures are tried, and the parameters of the Dirichlet distribution that they are
+    # drawn from, which is around a good one. Each is trained at on one seed. Without this they are
+    # drawn from the whole simplex, and most are trained at on all seeds.
+    n_tried: int = 0
+    dirichlet: tuple = ()
 
 
 SAMPLE = "python,cpp,prose,math,legal,noise"
@@ -53,22 +55,20 @@ TASKS = {
     "bpe_half": Task("half useless, BPE", HALF, "math", "bpe"),
     # fastmix.py's default run
     "sample": Task("the sample", SAMPLE, "numpy", "sample", 2400, {"learning_rate": 4e-3},
-                   around=(0.50, 0.09, 0.06, 0.25, 0.05, 0.05)),
-    "half_long": Task("half useless, long", HALF, "math", "sample", 2400, {"learning_rate": 4e-3},
-                      around=(0.05, 0.10, 0.60, 0.10, 0.05, 0.05, 0.05)),
+                   n_tried=22, dirichlet=(4.5, 0.81, 0.54, 2.25, 0.45, 0.45)),
     # searched in a quarter of the steps, with the text repeated as it will be
     "scarce_long": Task("scarce target, long", SCARCE, "prose_2", "base", 2400,
                         search_flags={"max_steps": 600, "train_tokens": 2_457_600},
-                        around=(0.35, 0.10, 0.20, 0.10, 0.25)),
+                        n_tried=16, dirichlet=(2.1, 0.7, 1.05, 1.05, 2.1)),
     # Of the sources' tokens 100, 68, 40 and 11% are learned. The checkpoint is one of the sample.
     "masked": Task("masked responses", "python,describe,declare,implement_end", "numpy_tasks",
                    "sample", 400,
                    {"init_from": "pretrained/ckpt.pt", "block_size": 256, "batch_size": 8,
                     "learning_rate": 1e-3, "eval_tokens": 4096, "log_every": 100},
-                   around=(0.25, 0.40, 0.10, 0.25)),
+                   n_tried=16, dirichlet=(0.6, 1.8, 0.6, 3.0)),
     # much text without an order beyond 8 bytes, beside little that is whole
-    "order": Task("word order", f"prose_p8,prose_{ORDER_PERCENT},python,legal", "prose",
-                  around=(0.40, 0.40, 0.10, 0.10)),
+    "order": Task("word order", f"prose_p8,prose_{ORDER_PERCENT},cpp,legal", "prose",
+                  n_tried=20, dirichlet=(2.7, 2.1, 0.6, 0.6)),
 }
 BYTES = {"bpe": "numpy", "bpe_half": "half"}  # the same task with a byte-level vocabulary
 
@@ -94,7 +94,7 @@ def has_bpe(task):
 
 def few_runs(task):
     """Are the tried mixtures trained at on one seed each?"""
-    return bool(TASKS[task].around)
+    return TASKS[task].n_tried > 0
 
 
 def size_of(task):
@@ -239,8 +239,6 @@ def prepare(data, tokenizer):
 SEARCHES = {  # name: flags
     "FastMix": {},
     "none": {"curvature": "none"},
-    "adamw": {"curvature": "adamw"},
-    "kfac": {"curvature": "kfac"},
     # the command that comes nearest to the paper
     "paper": {"curvature": "none", "uniform_share": 1, "outer_every": 20},
     "authors": {"curvature": "none", "uniform_share": 1, "outer_every": 20, "target_batch_size": 8,
@@ -361,12 +359,9 @@ def ngram_mixture_of(data, task):
 
 
 def tried_mixtures(task):
-    """(R, K) to try in a task with few runs: 30 around a good one, and 8 near the edges."""
-    around = np.array(TASKS[task].around)
+    """(R, K) to try in a task with few runs."""
     rng = np.random.default_rng(7)
-    near = rng.dirichlet(9 * around, 30)
-    far = rng.dirichlet(np.full(len(around), 0.5), 8)
-    return np.concatenate([near, far]).round(4)
+    return rng.dirichlet(TASKS[task].dirichlet, TASKS[task].n_tried).round(4)
 
 
 # ---- RegMix --------------------------------------------------------------------------------------

@@ -309,7 +309,7 @@ def add_found(runner, args, task):
         runner.add(task, "ngram", seed, by_ngrams)
     for what in ROWS:
         search, _, taken = what.partition(": ")
-        if search not in args.searches or taken == "trajectory":
+        if search not in args.searches:
             continue
         for seed in seeds_of(args, task):
             found = runner.get(task, f"search {search}", seed).found

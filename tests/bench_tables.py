@@ -30,10 +30,7 @@ ROWS = {  # of the table: {"search: mixture taken from it": title}
     "FastMix: last_half_average": "**FastMix, average of the last half**",
     "FastMix: last": "FastMix, last mixture",
     "FastMix: run_average": "FastMix, average of the run",
-    "FastMix: trajectory": "**FastMix, replayed trajectory**",  # from stored lines alone
     "none: last_half_average": "raw gradients (P = 1)",
-    "adamw: last_half_average": "AdamW's units (P = 1 / √v)",
-    "kfac: last_half_average": "K-FAC's curvature (P = H⁻¹)",
     "paper: last_half_average": "the paper's setting (P = 1, ε = 1, every 20 steps)",
     "authors: last": "the authors' setting (head, every 20 steps, Adam on z), last",
     "DoGE: run_average": "DoGE's rule",  # summed up as both papers do
@@ -55,7 +52,6 @@ TRANSFER = {  # rows of the table of a larger model
     "proportional": "proportional to tokens",
     "best fixed": "best fixed mixture of the small runs",
     "FastMix: last_half_average": "FastMix, found by the small search",
-    "FastMix: trajectory": "FastMix, its trajectory replayed",  # from stored lines alone
     "found on bytes": "FastMix, found by the small search on bytes",
     "searched there": "FastMix, searched there",
 }
@@ -71,13 +67,11 @@ REPETITION_SEEDS = (12, 13, 14)
 SETTINGS = [  # of the sensitivity stage: flags of a search. Stored lines may hold more, "search
     # tried NAME": what was tried and is no flag.
     {},
-    {"learning_rate_mixture": 0.005},
-    {"learning_rate_mixture": 0.01},
     {"learning_rate_mixture": 0.04},
-    {"learning_rate_mixture": 0.1},
-    {"outer_every": 2, "learning_rate_mixture": 0.035},
-    {"outer_every": 4, "learning_rate_mixture": 0.06},
-    {"outer_every": 20, "learning_rate_mixture": 0.2},
+    {"learning_rate_mixture": 0.16},
+    {"outer_every": 2},
+    {"outer_every": 4},
+    {"outer_every": 20},
     {"target_batch_size": 1},
     {"target_batch_size": 8},
     {"uniform_share": 0},
@@ -706,8 +700,6 @@ def show_tuning(results, tasks, args, surfaces):
 POINTS = [  # label, colour, marker, rank among those of about one cost, rows
     ("RegMix-style", "#009E73", "s", 0, [f"RegMix {n}" for n in REGMIX]),
     ("FastMix, last half", "#0072B2", "o", 0, ["FastMix: last_half_average"]),
-    ("FastMix, replayed", "#56B4E9", "D", 4, ["FastMix: trajectory"]),
-    ("in AdamW's units", "#332288", "X", 1, ["adamw: last_half_average"]),
     ("raw gradients", "#D55E00", "P", 3, ["none: last_half_average"]),
     ("the paper's setting", "#44AA99", "<", 2, ["paper: last_half_average"]),
     ("the authors' setting", "#999933", "v", 0, ["authors: last"]),
