@@ -68,7 +68,7 @@ from prepare_data import (IGNORE, SAMPLE_TARGETS, fail, gather, load_sets, prepa
 
 DECAY = 0.9  # what an outer step keeps of the running means G and S, see preconditioned()
 SCALE_DECAY = 0.98  # and of the running mean of the alignments' rms, see mixture_step()
-DAMPING = 0.1  # added to each factor of the curvature, times the mean of its diagonal
+DAMPING = 1.0  # added to each factor of the curvature, times the mean of its diagonal
 TEST_TOKENS = 2**18  # at most so many tokens of each test split are evaluated at the end
 # a run may be resumed with these changed; with anything else changed it would be another run
 MAY_CHANGE = ("resume", "out_dir", "data_dir", "device", "compile", "log_every", "eval_tokens")
@@ -425,7 +425,7 @@ def preconditioned(curvature, G, S, v):
         return G
     if curvature == "adamw":
         root = v.sqrt()
-        return G / (root + DAMPING * root.mean())
+        return G / (root + 0.1 * root.mean())  # rows of tokens hardly ever seen must not blow up
     return inverse_curvature(G, S, v)
 
 
@@ -442,8 +442,9 @@ def inverse_curvature(G, S, v):
     (C, C), of the target's hidden states, which are at hand, in place of training's.
 
     The inverse of the product multiplies G by the inverse of the first factor from the left and by
-    that of the second from the right. A tenth of the mean of its diagonal is added to each factor
-    (damping), so that directions that the data hardly shows do not blow up.
+    that of the second from the right. To each factor the mean of its diagonal is added (damping),
+    so that directions that the data hardly shows do not rule. The larger the damping, the nearer
+    is P to 1.
     """
     out_factor = v.mean(1, keepdim=True)  # (V, 1)
     out_factor = out_factor + DAMPING * out_factor.mean()

@@ -124,8 +124,8 @@ def target_moments(net, targets, args, step):
 
 
 def damped(factor):
-    """A factor of the curvature, plus a tenth of its mean diagonal."""
-    return factor + 0.1 * factor.trace() / len(factor) * torch.eye(len(factor))
+    """A factor of the curvature, plus its mean diagonal."""
+    return factor + factor.trace() / len(factor) * torch.eye(len(factor))
 
 
 def times_P(curvature, G, S, v):
