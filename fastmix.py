@@ -310,12 +310,13 @@ class FusedWeightedCrossEntropy(torch.autograd.Function):
         if chunk is None:
             # a chunk's logits are about as many numbers as hidden and head, which are held anyway
             chunk = max(64 if device.type == "cpu" else 4096, (N + V) * C // V)
+            chunk -= chunk % 64  # whole sequences, mostly, and so fewer pieces
         chunk = min(N, chunk)
         hidden_needs_grad, head_needs_grad = ctx.needs_input_grad[:2]
 
         W = head.to(dtype)
         token_weight = token_weight * (labels != IGNORE)
-        logits = torch.empty(chunk, V, dtype=dtype, device=device)  # one buffer for all chunks
+        buffer = torch.empty(chunk, V, dtype=dtype, device=device)  # one for all chunks
         dW = torch.empty(V, C, dtype=dtype, device=device)  # and one for all pieces
         token_loss = torch.zeros(N, dtype=wide, device=device)
         grad_hidden = torch.zeros(N, C, dtype=wide, device=device)
@@ -328,18 +329,24 @@ class FusedWeightedCrossEntropy(torch.autograd.Function):
                 h = hidden[start:end].to(dtype)  # (n, C)
                 learned = labels[start:end] != IGNORE
                 y = labels[start:end].clamp(min=0)[:, None]  # (n, 1); IGNORE, -1, is read as id 0
-                torch.mm(h, W.T, out=logits[: end - start])
-                log_p = torch.log_softmax(logits[: end - start], 1, dtype=wide)  # (n, V)
-                token_loss[start:end] = -log_p.gather(1, y).squeeze(1) * learned
+                logits = torch.mm(h, W.T, out=buffer[: end - start])  # (n, V)
+                # From here on all is in place, in the buffer unless it is bfloat16: the largest
+                # tensors are held once. The logits become log p, and then p - y.
+                log_p = logits.to(wide)
+                torch.log_softmax(log_p, 1, out=log_p)
+                log_p_y = log_p.gather(1, y)  # (n, 1)
+                token_loss[start:end] = -log_p_y.squeeze(1) * learned
                 if not (hidden_needs_grad or head_needs_grad):
                     continue  # an evaluation
-                # log p becomes p, then p - y, in place: the largest tensor here is held once
-                minus_one = torch.full_like(log_p[:, :1], -1.0)
-                p_minus_y = log_p.exp_().scatter_add_(1, y, minus_one).to(dtype)  # (n, V)
+                p_minus_y = torch.exp(log_p, out=logits)
+                p_minus_y.scatter_(1, y, torch.expm1(log_p_y).to(dtype))  # p_y - 1, to all digits
                 if hidden_needs_grad:
                     grad_hidden[start:end] = (p_minus_y @ W) * token_weight[start:end, None]
                 if head_needs_grad:
                     weighted_h = (h * token_weight[start:end, None]).to(dtype)
+                    if PG is None and dtype == wide:  # no parts are wanted: one pass over (V, C)
+                        grad_head.addmm_(p_minus_y.T, weighted_h)
+                        continue
                     for k, piece in pieces(start, end, ends):
                         torch.mm(p_minus_y[piece].T, weighted_h[piece], out=dW)  # (V, C)
                         grad_head += dW

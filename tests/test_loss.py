@@ -1,5 +1,6 @@
 """(1) and (2) of fastmix.py: the fused loss and the alignments, against autograd in float64."""
 import functools
+import math
 
 import pytest
 import torch
@@ -114,6 +115,18 @@ def test_bfloat16_autocast():
         assert (got - want).norm() < 0.02 * want.norm()
 
 
+def test_a_likely_label_keeps_its_gradient_under_bfloat16():
+    """p_y is 1 - 1e-4, which bfloat16 rounds to 1; the gradient p_y - 1 must not become 0."""
+    hidden = torch.tensor([[1.0]])
+    weight = torch.tensor([[math.log(1e4)], [0.0]], requires_grad=True)
+    label = torch.tensor([0])
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, _, _ = fused_cross_entropy(hidden, weight, label, torch.ones(1))
+    (grad,) = torch.autograd.grad(loss, weight)
+    expected = torch.sigmoid(-weight[:1].bfloat16().float())  # 1 - p_y of the rounded logit
+    torch.testing.assert_close(grad, torch.cat([-expected, expected]), rtol=0.02, atol=0)
+
+
 def test_log_sum_exp_is_float32_under_bfloat16():
     """4096 equal logits: a bfloat16 sum would stop growing at 256."""
     targets = torch.tensor([0, 1])
@@ -129,13 +142,19 @@ def test_computes_only_what_is_asked(monkeypatch):
     expected, _ = plain_loss(hidden, weight, targets, coef)
     expected_hidden, expected_weight = torch.autograd.grad(expected, (hidden, weight))
     mm = torch.mm
+    addmm_ = torch.Tensor.addmm_
     shapes = []
 
-    def counted(a, b, out=None):
+    def counted(a, b, out):
         shapes.append((len(a), b.shape[1]))
         return mm(a, b, out=out)
 
+    def counted_and_added(total, a, b):
+        shapes.append((len(a), b.shape[1]))
+        return addmm_(total, a, b)
+
     monkeypatch.setattr(torch, "mm", counted)
+    monkeypatch.setattr(torch.Tensor, "addmm_", counted_and_added)
     with torch.no_grad():  # an evaluation
         fused_cross_entropy(hidden, weight, targets, coef)
     assert shapes == [(N, V)]
@@ -144,6 +163,11 @@ def test_computes_only_what_is_asked(monkeypatch):
     loss, _, _ = fused_cross_entropy(hidden.detach(), weight, targets, coef, chunk=N)
     assert shapes == [(N, V), (V, C)]
     torch.testing.assert_close(torch.autograd.grad(loss, weight)[0], expected_weight)
+
+    shapes.clear()  # the parts of four sources, of which one has no tokens
+    PG = torch.ones_like(weight)
+    fused_cross_entropy(hidden.detach(), weight, targets, coef, PG, ENDS, chunk=N)
+    assert shapes == [(N, V)] + [(V, C)] * 3
 
     shapes.clear()  # a head that is not trained
     loss, _, _ = fused_cross_entropy(hidden, weight.detach(), targets, coef, chunk=N)
