@@ -570,7 +570,7 @@ def planted(tmp_path_factory):
     return folder
 
 
-SEARCH = [*TINY, "--max_steps", 160, "--learning_rate", 1e-2, "--learning_rate_mixture", 0.05]
+SEARCH = [*TINY, "--max_steps", 160, "--learning_rate", 1e-2]
 
 
 def mixture_of(out):

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import fastmix
-from fastmix import (IGNORE, batch_loss, fused_cross_entropy, inverse_curvature, pieces,
+from fastmix import (DAMPING, IGNORE, batch_loss, fused_cross_entropy, inverse_curvature, pieces,
                      source_weights, target_gradient)
 from model import GPT, GPTConfig
 
@@ -296,8 +296,8 @@ def explicit(model, x, y, PG):
 def kfac(G, S, v):
     """inverse_curvature() as one linear system over all V C weights: curvature times PG is G."""
     rows = v.mean(1)
-    rows = torch.diag(rows + 0.1 * rows.mean())
-    columns = S + 0.1 * S.trace() / len(S) * torch.eye(len(S), dtype=torch.float64)
+    rows = torch.diag(rows + DAMPING * rows.mean())
+    columns = S + DAMPING * S.trace() / len(S) * torch.eye(len(S), dtype=torch.float64)
     return torch.linalg.solve(torch.kron(rows, columns), G.flatten()).view_as(G)
 
 
@@ -402,19 +402,20 @@ def test_curvature_is_that_of_a_softmax_head(scale):
     hessian = torch.autograd.functional.hessian(loss, W).reshape(20, 20)
     exact = (torch.linalg.pinv(hessian) @ G.flatten()).view_as(G)
     # take off beforehand what the damping will add
-    undamped = S - 0.1 / 1.1 * S.diagonal().mean() * torch.eye(4)
+    identity = torch.eye(4, dtype=torch.float64)
+    undamped = S - DAMPING / (1 + DAMPING) * S.diagonal().mean() * identity
     found = inverse_curvature(G, undamped, torch.full_like(W, scale))
     torch.testing.assert_close(found / found.norm(), exact / exact.norm())
 
 
 def test_curvature_bounds_what_rare_tokens_count():
-    """A token that never turned up has v = 0: it counts as if it had a tenth of the mean."""
+    """A token that never turned up has v = 0: it counts as if it had the mean."""
     G = torch.ones(V, C, dtype=torch.float64)
     S = torch.eye(C, dtype=torch.float64)
     v = torch.rand(V, C, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     v[3] = 0.0
     found = inverse_curvature(G, S, v)
-    torch.testing.assert_close(found[3], G[3] / (0.1 * v.mean() * 1.1))
+    torch.testing.assert_close(found[3], G[3] / (DAMPING * v.mean() * (1 + DAMPING)))
     torch.testing.assert_close(found, kfac(G, S, v))
 
 
@@ -422,5 +423,5 @@ def test_curvature_is_the_same_before_the_first_step_for_every_token():
     """Then main() has no v yet, and passes ones: all rows of G are weighted alike."""
     G, S = target()
     found = inverse_curvature(G, S, torch.ones(V, 8, dtype=torch.float64))
-    columns = S + 0.1 * S.trace() / 8 * torch.eye(8, dtype=torch.float64)
-    torch.testing.assert_close(found, torch.linalg.solve(columns, G.T).T / 1.1)
+    columns = S + DAMPING * S.trace() / 8 * torch.eye(8, dtype=torch.float64)
+    torch.testing.assert_close(found, torch.linalg.solve(columns, G.T).T / (1 + DAMPING))

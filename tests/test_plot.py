@@ -107,6 +107,17 @@ def test_table_of_a_finished_run(synthetic):
     assert run("plot_mixture.py", "table", cwd=synthetic) == "wrote table/mixture.png\n"
 
 
+@pytest.mark.parametrize("at_the_end, warned", [(2.0, False), (2.05, False), (2.41, True)])
+def test_a_run_that_ends_above_its_lowest_val_loss(tmp_path, at_the_end, warned):
+    """From 3% on; results of earlier versions do not know their lowest."""
+    result = write_result(tmp_path / "out", {"a": 1.0})
+    assert "lowest" not in result_table(result)
+    result |= {"lowest": {"step": 4, "val_loss": 2.0}, "val_loss": at_the_end}
+    line = (f"warning: the target's val loss was lowest, 2.0000, at step 4, and is "
+            f"{at_the_end:.4f} at the end")
+    assert (line in result_table(result)) == warned
+
+
 def test_every_line_of_the_table(tmp_path):
     """Each column says what it counts; epochs are those of the run that the search is for."""
     sources = {"a": {"tokens_available": 12345, "epochs": 1.25, "start": 0.4, "val_loss": 2.5},

@@ -65,8 +65,8 @@ def kill(process):
 ROW = ["step", "max_steps", "alpha", "alignment", "train_loss", "source_loss", "target_val_loss",
        "target_losses", "tokens", "seconds"]
 RESULT = {"mixture", "recommended", "unit", "bytes", "mixtures", "target", "test_loss",
-          "test_bits_per_byte", "before", "targets", "sources", "searched", "tokenizer", "seed",
-          "steps", "tokens", "seconds", "torch", "settings"}
+          "test_bits_per_byte", "before", "val_loss", "lowest", "targets", "sources", "searched",
+          "tokenizer", "seed", "steps", "tokens", "seconds", "torch", "settings"}
 SOURCE = {"tokens_available", "tokens_seen", "epochs_seen", "epochs", "start", "lower", "upper",
           "bytes_per_token", "tokens_per_document", "val_loss", "bound"}
 TARGET = {"weight", "val_loss", "test_loss", "test_bits_per_byte", "learned_only"}
@@ -114,6 +114,9 @@ def test_the_result(reference):
     assert result["tokens"] == 60 * 8 * 16
     assert result["target"] == ["target"]
     assert result["before"] == rows[0]["target_losses"]
+    assert result["val_loss"] == pytest.approx(rows[-1]["target_val_loss"])
+    lowest = min(rows, key=lambda row: row["target_val_loss"])
+    assert result["lowest"] == {"step": lowest["step"], "val_loss": lowest["target_val_loss"]}
     assert result["seconds"] == pytest.approx(rows[-1]["seconds"], abs=0.06)
 
     settings = vars(fastmix.parse_args([])) | {"n_layer": 1, "out_dir": "reference"}
@@ -358,9 +361,9 @@ def test_own_sources_without_a_target(synthetic, stdout):
 
 def test_a_search_moves_a_little_each_step(synthetic, stdout):
     rows = log_rows(synthetic / "every")
-    for before, row in zip(rows, rows[1:]):  # a logit moves by about the learning rate
+    for before, row in zip(rows, rows[1:]):  # a logit moves by about the rate, at most 0.2
         for name, share in row["alpha"].items():
-            assert 0.9 < share / before["alpha"][name] < 1.1
+            assert 0.7 < share / before["alpha"][name] < 1.4
             assert share != before["alpha"][name]
 
 

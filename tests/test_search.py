@@ -278,6 +278,12 @@ def test_a_search_without_adamws_v_fails_loudly(synthetic, monkeypatch):
     assert not (synthetic / "sgd" / "mixture.json").exists()
 
 
+def test_without_a_curvature_a_search_takes_every_optimizer(synthetic, monkeypatch):
+    train_by_sgd(monkeypatch, synthetic, "--out_dir", "sgd-none", "--curvature", "none")
+    rows = log_rows(synthetic / "sgd-none")
+    assert rows[-1]["alpha"] != rows[0]["alpha"]
+
+
 def test_training_at_a_fixed_mixture_takes_every_optimizer(synthetic, monkeypatch):
     train_by_sgd(monkeypatch, synthetic, "--out_dir", "sgd-fixed", "--mixture", "uniform")
     rows = log_rows(synthetic / "sgd-fixed")
