@@ -575,7 +575,7 @@ def show_found(results, task, args, surface):
     by_ngrams = results.get(Key(task, "search ngram", args.seeds[0], steps, size_of(task)))
     if by_ngrams is not None:
         print(f"    n-gram EM found {listed(task, by_ngrams.found['mixture'])} in "
-              f"{by_ngrams.seconds:.0f} s")
+              f"{by_ngrams.seconds:.1f} s")
     for seed in seeds:
         run = results.get(Key(task, "search FastMix", seed, steps, size_of(task)))
         if run is not None:
