@@ -17,15 +17,15 @@ alpha = softmax(z) by how well each source's gradient g_k agrees with the target
                    descent on source k lower the target's loss? --curvature chooses P.
                    -> target_gradient(), preconditioned(), FusedWeightedCrossEntropy, alignments()
     (3) mixture    dL_val / dz_k = -alpha_k (A_k - sum_j alpha_j A_j), by the softmax; the step is
-                   z_k += rate (A_k - mean) / scale, mirror descent in units of the alignments
+                   z_k += rate (A_k - mean) / scale, mirror descent; scale is a running rms of A
                    -> mixture_step()
 
 The default P looks further than one step. Let H be the curvature (the Hessian) of the training loss
 at the mixture. At the inner optimum the g_k balance, and the implicit function theorem says how it
 moves: dw*/dalpha_k = -H^-1 g_k. By the chain rule -<g_val, H^-1 g_k> is dL_val(w*(alpha)) /
 dalpha_k, the derivative of the outer problem. Hence P is about H^-1, up to a scale. It is taken at
-the LM head alone, as if the rest of the model, the body, were held fixed, and before training has
-ended. So -A_k approximates that derivative, up to a constant that all sources have in common.
+the LM head alone, as if the rest of the model, the body, were held fixed, and at the w of the
+moment. So -A_k only approximates that derivative, the better the nearer w is to w*.
 
 The pass that trains forms the sources' gradients at the head anyway, so that an outer step costs
 little more than one forward pass of a few target sequences.
@@ -35,9 +35,7 @@ little more than one forward pass of a few target sequences.
     python fastmix.py --curvature none --uniform_share 1 --outer_every 20      nearest to the paper
 
 Paper: "FastMix: Fast Data Mixture Optimization via Gradient Descent", Tan et al., ICLR 2026, arXiv
-2606.14971. The paper's are the two problems, the loss weights (eps = 1), A_k with P = 1 and the
-gradient (3). This repository's are eps < 1, P = H^-1, the running mean of the target's gradient,
-mirror descent in units of a running scale with a rate that falls, masks and bounds.
+2606.14971. The method's page in README.md ends with what is the paper's and what is ours.
 """
 import signal
 
@@ -142,8 +140,8 @@ def parse_args(argv=None, defaults={}):
     if args.mixture and (args.bounds or args.max_epochs):
         fail("--bounds and --max_epochs are for a search; leave them out with --mixture")
     if args.learning_rate_mixture is None:
-        # The noise that n equal steps add up to grows as sqrt(n): a longer search takes smaller
-        # ones.
+        # The noise of n steps of one size adds up to sqrt(n) times that size. With 1 / sqrt(n) it
+        # is the same for a search of any length, while what the sources differ by adds up to more.
         n_outer = max(1, args.max_steps / args.outer_every)
         args.learning_rate_mixture = min(0.2, 2 / math.sqrt(n_outer))
     return args
@@ -362,7 +360,7 @@ class FusedWeightedCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_loss, *_):
-        # forward formed the gradients of the loss; here they meet what comes from above (1)
+        # forward formed the gradients of the loss; here they meet the gradient from above, a 1
         grad_hidden, grad_head = ctx.saved_tensors
         grad_hidden = grad_hidden * grad_loss
         if grad_head is not None:
@@ -421,7 +419,8 @@ def target_gradient(model, head, x, y, sequence_weight, n_tokens):
 
 def preconditioned(curvature, G, S, v):
     """
-    P G, (V, C), up to scale: what the target's gradient G (V, C) is compared with the sources' by.
+    P G, (V, C), up to scale, of the target's gradient G (V, C): what the sources' gradients are
+    compared with.
 
     none   P = 1, the paper's: how much does a step of plain gradient descent on source k help?
     adamw  the same for a step of AdamW, which divides by the root of v (V, C), its running mean of
@@ -432,7 +431,8 @@ def preconditioned(curvature, G, S, v):
         return G
     if curvature == "adamw":
         root = v.sqrt()
-        return G / (root + 0.1 * root.mean())  # rows of tokens hardly ever seen must not blow up
+        # the root spreads less than v does, and needs less damping than the curvature
+        return G / (root + 0.1 * root.mean())
     return inverse_curvature(G, S, v)
 
 
@@ -440,12 +440,13 @@ def inverse_curvature(G, S, v):
     """
     P G, (V, C): a target's gradient G (V, C) times an approximate inverse of the loss's curvature
     at the head, up to scale. K-FAC (Martens and Grosse, arXiv 1503.05671) writes the curvature of a
-    linear layer as a product of two factors, one for its outputs and one for its inputs.
+    linear layer as a product of two factors, one for its outputs and one for its inputs, as if the
+    two were independent.
 
     The outputs' factor is E[(p - y) (p - y)^T], of which only the diagonal is kept, a number for
     each row of the head. It is read off v (V, C), AdamW's running mean of squared gradients: the
     mean of v over row i is about E[(p_i - y_i)^2] times the same constant for all rows. So this
-    factor is that of training's own tokens, by the mixture. The inputs' factor is S = E[h h^T],
+    factor is that of training's tokens, weighted by r^2. The inputs' factor is S = E[h h^T],
     (C, C), of the target's hidden states, which are at hand, in place of training's.
 
     The inverse of the product multiplies G by the inverse of the first factor from the left and by
@@ -473,7 +474,7 @@ def alignments(parts, r, learned, n_tokens):
 
 # ---- (3) the mixture ---------------------------------------------------------------------------
 
-def mixture_step(z, scale, A, present, density, rate, n):
+def mixture_step(z, scale, A, present, density, rate, n_before):
     """
     A step of the mixture, on its logits z (K,) in place, by alignments A (K,) per learned token.
 
@@ -481,17 +482,19 @@ def mixture_step(z, scale, A, present, density, rate, n):
     Mirror descent on the simplex leaves it out: z_k += rate (A_k - mean) / scale, where the mean is
     weighted by alpha.
 
-    The unit of A means nothing, hence the scale: the running mean, over the outer steps, of the rms
-    of A (weighted by alpha). scale () is changed in place; n outer steps were done before. To
-    divide by the rms of the step itself would bias the sum of the steps: a source whose alignment
-    is large in few of them, and small in all others, makes the rms large in just those few, so that
-    they count for less.
+    The unit of A means nothing, hence the scale, a scalar tensor: the running mean, over the outer
+    steps, of the rms of A (weighted by alpha). It is changed in place; n_before counts the outer
+    steps before this one. To divide by the rms of the step itself would bias the sum of the steps:
+    a source whose alignment is large in few of them, and small in all others, makes the rms large
+    in just those few, so that they count for less.
 
     With masks source k counts by its share of the learned tokens, beta_k = alpha_k density_k / M
     with M = sum_j alpha_j density_j, and beta takes the place of alpha in (3) and in the mean and
     the rms. What remains of (3) without the factor alpha_k is
 
-        -dL_val / dalpha_k = (density_k / M) (A_k - sum_j beta_j A_j).
+        -dL_val / dalpha_k = (density_k / M) (A_k - sum_j beta_j A_j),
+
+    with a mean because beta is normalised.
 
     present (K,), bool: has the source learned tokens in the batch? All sums are over those that
     have. The others keep their logits and, to first order, their shares.
@@ -503,8 +506,9 @@ def mixture_step(z, scale, A, present, density, rate, n):
     beta = share * density / M
     mean = (beta * A).sum()
     rms = (beta * A**2).sum().sqrt()
-    # until there are 50 steps, the mean of all of them: the first ones are no measure for the rest
-    scale.lerp_(rms, max(1 - SCALE_DECAY, 1 / (n + 1)))
+    # At first AdamW's v is 1, and then far too small, so that the first A are far too small or too
+    # large. None of them alone may set the scale: it is the mean of all, until there are 50.
+    scale.lerp_(rms, max(1 - SCALE_DECAY, 1 / (n_before + 1)))
     step = density / M * (A - mean) / scale.clamp(min=1e-18)
     z += torch.where(present, rate * step, 0.0)
     # alpha stays above 1e-8 of the largest, so that no source's part of a gradient underflows
@@ -927,8 +931,9 @@ def main(argv=None):
             # a generator per step and purpose: a resumed run draws what it would have drawn
             rng = np.random.default_rng((args.seed, step, 1))
             which, x, y = draw_batch(targets, "val", target_weights, args.target_batch_size, rng)
-            # Targets are drawn by their weights. Divided by its learned tokens per position, a
-            # target counts by that weight, even if these are few. (Sources count by tokens.)
+            # Targets are drawn by their weights. Each is divided by its learned tokens per
+            # position, so that it counts by its weight, however few of its tokens are learned.
+            # (Sources count by tokens.)
             weight = 1 / target_learned[which]  # (B,)
             with autocast:
                 g_val, s_val = target_gradient(model, head, x.to(device), y.to(device),

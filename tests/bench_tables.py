@@ -387,16 +387,28 @@ def regret(results, task, what, args, best):
     return np.array(values) if values else None
 
 
+def mixture_of(results, task, what, seed, args):
+    """The mixture of a row on a seed: trained at, or only found by a search; None if neither."""
+    key = Key(task, what, seed, steps_of(args, task), size_of(task))
+    if key in results:
+        return results[key].mixture
+    search, _, taken = what.partition(": ")
+    searched = results.get(key._replace(what=f"search {search}"))
+    if searched is None or not taken:
+        return None
+    return searched.found[taken]
+
+
 def predicted_regret(results, task, what, args, best, surface):
     """The mean of regret() by the response surface; None for a row that is no mixture."""
-    if surface is None or what == "best single source":
+    if surface is None:
         return None
     values = []
     for seed in measured_seeds(args, task):
-        run = results.get(Key(task, what, seed, steps_of(args, task), size_of(task)))
-        if run is not None and run.mixture is not None:
+        mixture = mixture_of(results, task, what, seed, args)
+        if mixture is not None:
             least = surface.predict(best[seed].mixture)[0]
-            values.append(100 * (surface.predict(run.mixture)[0] / least - 1))
+            values.append(100 * (surface.predict(mixture)[0] / least - 1))
     return np.mean(values) if values else None
 
 
@@ -462,9 +474,9 @@ def signed(value):
 
 
 def cell(values, n_seeds, predicted=None):
-    """Mean (lowest to highest; how many seeds, where not all ran), predicted."""
+    """Mean (lowest to highest; how many seeds, where not all ran), predicted. Either may miss."""
     if values is None:
-        return ""
+        return "" if predicted is None else f"–, {signed(predicted)}"
     text = signed(values.mean())
     notes = []
     if len(values) > 1:

@@ -1,6 +1,6 @@
 """
-A mixture in seconds and without training, to compare a search with: how must the sources be mixed
-so that byte n-gram models of them predict the target best?
+A mixture in seconds and without training, to compare a search with: by what weights must the
+predictions of the sources' byte n-gram models be averaged to predict the target best?
 
     python tests/ngram.py                                               the sample, toward numpy
     python tests/ngram.py --sources code,web,books --target task=2,web=1 --out ngram.json
@@ -13,16 +13,17 @@ likeliest:
 
     maximise over w   sum_t log sum_k w_k p_k(x_t | c_t)
 
-This is the objective of MixMin (arXiv 2502.10510), with n-gram models in place of a neural model
-for each source. DSIR (arXiv 2302.03169) is akin: it selects documents by n-grams. What lies beyond
-the context is not seen, nor that a text teaches less when it is read again.
+This is akin to MixMin (arXiv 2502.10510), which has a neural model for each source, and to DSIR
+(arXiv 2302.03169), which selects documents by n-grams. What lies beyond the context is not seen,
+nor that a text teaches less when it is read again. And w weighs predictions, while a model that is
+trained on a mixture of texts weighs its sources anew in each context.
 
 Tokens are turned into bytes, so that an order means the same with every tokenizer. <|endoftext|> is
 a symbol beside the 256 bytes: it is predicted as they are, and a context reaches over it into the
 document before. Of examples the models read prompts and responses, but of the target only learned
-symbols count, and several targets are weighed by their losses per byte. So w_k is source k's share
-of the learned symbols. With d_k of these per token of the source, its share of the tokens, which
---mixture takes, is in proportion to w_k / d_k.
+symbols count, and several targets are weighed by their losses per byte. w_k is taken for source k's
+share of the learned symbols. With d_k of these per token of the source, its share of the tokens is
+in proportion to w_k / d_k. That is what --mixture takes.
 """
 import argparse
 import json
@@ -141,7 +142,7 @@ def predict(model, grams):
 
         p(x | c) = (count(c x) + T p(x | c')) / (N + T)      or p(x | c'), where c was never seen.
 
-    All begins with p(x) = 1 / 257 for the context that is shorter than none.
+    Below the empty context stands p(x) = 1 / 257.
     """
     p = np.full(len(grams), 1 / SYMBOLS)
     for length, (known, counts, contexts, totals, followers) in enumerate(model, 1):
@@ -159,10 +160,10 @@ def predict(model, grams):
 def em(p, weight, gap=1e-5, most_steps=10_000):
     """
     The w (K,) that maximises sum_i weight_i log sum_k w_k p_ik, for p (n, K), and weights (n,) that
-    sum to 1. A step gives each source the share of the text that, at the w of the moment, comes
-    from it; by this the sum never falls. The slopes are the derivatives by w. Since the sum is
-    concave, it is at most max slope - 1 below its maximum: the steps end where that is `gap`, in
-    nats.
+    sum to 1. A step gives each source the share of the text that, at the w of the moment, is
+    ascribed to it; by this the sum never falls. The slopes are the derivatives by w. Since the sum
+    is concave and sum_k w_k slope_k = 1, it is at most max slope - 1 below its maximum: the steps
+    end where that is `gap`, in nats.
     """
     w = np.full(p.shape[1], 1 / p.shape[1])
     for _ in range(most_steps):

@@ -214,7 +214,7 @@ def test_processes_share_a_batch(monkeypatch):
 
 # ---- (3) the mixture's step --------------------------------------------------------------------
 
-def move(z, A, present=None, density=None, rate=0.05, scale=None, n=0):
+def move(z, A, present=None, density=None, rate=0.05, scale=None, n_before=0):
     """By how much mixture_step() moves z (K,). The first step's scale is its own rms."""
     if present is None:
         present = torch.ones(len(z), dtype=torch.bool)
@@ -223,7 +223,7 @@ def move(z, A, present=None, density=None, rate=0.05, scale=None, n=0):
     if scale is None:
         scale = torch.zeros((), dtype=torch.float64)
     moved = z.clone()
-    mixture_step(moved, scale, A, present, density, rate, n)
+    mixture_step(moved, scale, A, present, density, rate, n_before)
     return moved - z
 
 
@@ -458,7 +458,7 @@ def test_the_scale_is_a_running_mean_of_the_rms():
     for n in range(120):
         A = torch.randn(4, dtype=torch.float64, generator=g) ** 3
         all_rms.append((alpha * A**2).sum().sqrt().item())
-        moved = move(z, A, scale=scale, n=n)
+        moved = move(z, A, scale=scale, n_before=n)
         if n < 50:
             expected = np.mean(all_rms)
         else:
@@ -479,7 +479,7 @@ def test_rare_large_alignments_count_for_what_they_are():
     by_own_rms = torch.zeros(2, dtype=torch.float64)
     for n in range(400):
         A = torch.tensor([1.0, 20.0 if n % 10 == 9 else 0.0], dtype=torch.float64)
-        moved = move(z, A, scale=scale, n=n)
+        moved = move(z, A, scale=scale, n_before=n)
         by_own_rms += move(z, A)
         if n >= 100:
             total += moved
