@@ -1014,7 +1014,7 @@ def main(argv=None):
         test = evaluate(model, head, targets, "test", TEST_TOKENS, args.batch_size)
     if rank > 0:
         return
-    found = state.half_sum / state.half_sum.sum()  # (K,) the mixture to use
+    found = alpha  # (K,) the mixture to use: the rate fell to 0, so that this is an average already
     seen = tokens_seen(state, fill, T)  # (K,)
     real_run = args.train_tokens or seen.sum().item()  # tokens
     averages = torch.tensor([s.averages() for s in sources], dtype=torch.float64)
@@ -1022,11 +1022,13 @@ def main(argv=None):
     size = found * bytes_per_token
     result = {
         "mixture": by_name(names, found),
-        "recommended": "last_half_average",
+        "recommended": "last",
         "unit": "tokens",
         "bytes": by_name(names, size / size.sum()),  # these shares hold for any tokenizer
-        "mixtures": {"last": by_name(names, alpha), "last_half_average": by_name(names, found),
-                     "run_average": by_name(names, state.run_sum / state.run_sum.sum())},
+        "mixtures": {
+            "last": by_name(names, alpha),
+            "last_half_average": by_name(names, state.half_sum / state.half_sum.sum()),
+            "run_average": by_name(names, state.run_sum / state.run_sum.sum())},
         "target": [t.name for t in targets],
         "test_loss": 0.0,
         "test_bits_per_byte": 0.0,

@@ -89,10 +89,9 @@ def read_log(folder):
     return log
 
 
-def last_half(log):
-    """{source: share}: an estimate, from the reports, of the average that mixture.json has."""
-    late = log["step"] >= log["step"][-1] / 2
-    return {name: alpha[late].mean() for name, alpha in log["alpha"].items()}
+def last_mixture(log):
+    """{source: share} of the last report, which mixture.json has once a run has ended."""
+    return {name: alpha[-1] for name, alpha in log["alpha"].items()}
 
 
 def parse_result(text):
@@ -130,7 +129,7 @@ def result_table(result, warn=False):
         lines.append(line)
     # a search may be shorter than the run that it is for, whose length then is --train_tokens
     tokens = result["settings"].get("train_tokens") or result["tokens"]
-    lines.append("final: share of the tokens, average over the last half of the run")
+    lines.append("final: share of the tokens at the end of the run")
     lines.append(f"epochs: how often {tokens:,.0f} tokens, drawn at the final mixture, "
                  "read a source")
     lines.append("val loss: loss per token (nats) on the source's own val split")
@@ -179,11 +178,11 @@ def search_warnings(result):
         lines.append(f"warning: nearly all of the mixture is {largest}; "
                      f"unless it is the same kind of text as the target, {mend}")
     # total variation: the share that would have to move to make one mixture of the other
-    last = result["mixtures"]["last"]
-    moved = sum(abs(last[name] - mixture[name]) for name in mixture) / 2
+    average = result["mixtures"]["last_half_average"]
+    moved = sum(abs(average[name] - mixture[name]) for name in mixture) / 2
     if moved > 0.2:  # as in searches at 10 and 50 times the default rate
-        lines.append(f"warning: the mixture still moves: the last one differs from the average "
-                     f"by {moved:.0%} of the tokens; {mend}")
+        lines.append(f"warning: the mixture did not settle: it differs from its average over the "
+                     f"last half by {moved:.0%} of the tokens; {mend}")
     return lines
 
 
@@ -375,7 +374,7 @@ def draw_mixture(ax, log, mixture, bounds, colour):
                          alpha=0.85, edgecolor="white", linewidth=0.6)
     ax.set(ylabel="share of the tokens drawn", ylim=(0, 1))
     # stackplot draws upwards and a legend downwards; reversed, both have the same order
-    add_legend(ax, areas[::-1], labels[::-1], "average of last half")
+    add_legend(ax, areas[::-1], labels[::-1], "in the end")
 
 
 def draw_losses(ax, log, colour):
@@ -418,7 +417,7 @@ def draw_run(folder):
     alignments below. Returns the path of the picture, folder/mixture.png. Raises ValueError.
     """
     log = read_log(folder)
-    mixture = last_half(log)
+    mixture = last_mixture(log)
     bounds = dict.fromkeys(mixture, "")
     if Path(folder, "mixture.json").exists():
         result = read_result(folder)
@@ -510,7 +509,7 @@ def draw_comparison(folders, results, same_search):
         if folder in results:
             mixtures.append(results[folder]["mixture"])
         else:
-            mixtures.append(last_half(logs[folder]))
+            mixtures.append(last_mixture(logs[folder]))
     names = list(mixtures[0])  # and then those that only other runs have
     for mixture in mixtures[1:]:
         names += [name for name in mixture if name not in names]

@@ -55,17 +55,17 @@ TASKS = {
     "bpe_half": Task("half useless, BPE", HALF, "math", "bpe"),
     # fastmix.py's default run
     "sample": Task("the sample", SAMPLE, "numpy", "sample", 2400, {"learning_rate": 4e-3},
-                   n_tried=22, dirichlet=(4.5, 0.81, 0.54, 2.25, 0.45, 0.45)),
+                   n_tried=18, dirichlet=(4.5, 0.81, 0.54, 2.25, 0.45, 0.45)),
     # searched in a quarter of the steps, with the text repeated as it will be
     "scarce_long": Task("scarce target, long", SCARCE, "prose_2", "base", 2400,
                         search_flags={"max_steps": 600, "train_tokens": 2_457_600},
-                        n_tried=16, dirichlet=(2.1, 0.7, 1.05, 1.05, 2.1)),
+                        n_tried=7, dirichlet=(2.1, 0.7, 1.05, 1.05, 2.1)),
     # Of the sources' tokens 100, 68, 40 and 11% are learned. The checkpoint is one of the sample.
     "masked": Task("masked responses", "python,describe,declare,implement_end", "numpy_tasks",
                    "sample", 400,
                    {"init_from": "pretrained/ckpt.pt", "block_size": 256, "batch_size": 8,
                     "learning_rate": 1e-3, "eval_tokens": 4096, "log_every": 100},
-                   n_tried=16, dirichlet=(0.6, 1.8, 0.6, 3.0)),
+                   n_tried=7, dirichlet=(0.6, 1.8, 0.6, 3.0)),
     # Much text without an order beyond 8 bytes, beside little that is whole: n-grams of three bytes
     # can hardly tell them apart, and a model can.
     "order": Task("word order", f"prose_p8,prose_{ORDER_PERCENT},cpp,legal", "prose",
@@ -240,6 +240,7 @@ def prepare(data, tokenizer):
 SEARCHES = {  # name: flags
     "FastMix": {},
     "none": {"curvature": "none"},
+    "adamw": {"curvature": "adamw"},
     # the command that comes nearest to the paper
     "paper": {"curvature": "none", "uniform_share": 1, "outer_every": 20},
     "authors": {"curvature": "none", "uniform_share": 1, "outer_every": 20, "target_batch_size": 8,

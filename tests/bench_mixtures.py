@@ -383,20 +383,20 @@ def transfer(runner, args):
         for seed in args.seeds[:2]:
             runs.append((task, seed, where))
     for task, seed, where in runs:
-        found = runner.get(task, "search FastMix", seed).found["last_half_average"]
+        found = runner.get(task, "search FastMix", seed).found["last"]
         runner.add(task, "search FastMix", seed, **where)
         runner.add(task, "uniform", seed, "uniform", **where)
         runner.add(task, "proportional", seed, "proportional", **where)
-        runner.add(task, "FastMix: last_half_average", seed, found, **where)
+        runner.add(task, "FastMix: last", seed, found, **where)
         best = best_fixed(runner.results, task, args)
         runner.add(task, "best fixed", seed, best.mixture, **where)
         on_bytes = runner.get(BYTES.get(task), "search FastMix", seed, size="base")
         if on_bytes is not None:
-            found = on_bytes.found["last_half_average"]
+            found = on_bytes.found["last"]
             runner.add(task, "found on bytes", seed, found, **where)
     runner.run()
     for task, seed, where in runs:
-        found = runner.get(task, "search FastMix", seed, **where).found["last_half_average"]
+        found = runner.get(task, "search FastMix", seed, **where).found["last"]
         runner.add(task, "searched there", seed, found, **where)
     runner.run()
 
@@ -431,7 +431,7 @@ def repetition(runner, args):
     for seed in REPETITION_SEEDS:
         runner.add("scarce", "uniform", seed, "uniform", steps=steps)
         for name in REPETITION:
-            found = runner.get("scarce", searches[name], seed).found["last_half_average"]
+            found = runner.get("scarce", searches[name], seed).found["last"]
             runner.add("scarce", name, seed, found, steps=steps)
     runner.run()
 

@@ -27,11 +27,11 @@ ROWS = {  # of the table: {"search: mixture taken from it": title}
     "sqrt": "proportional to the root of the tokens",
     "ngram": "n-gram EM, order 3",
     "best single source": "best single source",
-    "FastMix: last_half_average": "**FastMix, average of the last half**",
-    "FastMix: last": "FastMix, last mixture",
-    "FastMix: run_average": "FastMix, average of the run",
-    "none: last_half_average": "raw gradients (P = 1)",
-    "paper: last_half_average": "the paper's setting (P = 1, ε = 1, every 20 steps)",
+    "FastMix: last": "**FastMix**",
+    "FastMix: last_half_average": "FastMix, average of the last half",
+    "none: last": "P = 1 (`--curvature none`)",
+    "adamw: last": "AdamW's units (`--curvature adamw`)",
+    "paper: last": "the paper's setting (P = 1, ε = 1, every 20 steps)",
     "authors: last": "the authors' setting (head, every 20 steps, Adam on z), last",
     "DoGE: run_average": "DoGE's rule",  # summed up as both papers do
     "DoReMi: run_average": "DoReMi's rule",
@@ -44,14 +44,14 @@ README_COLUMNS = {  # of the table for the README, whose rows are tasks
     "uniform": "uniform",
     "proportional": "proportional",
     "ngram": "n-gram EM",
-    "paper: last_half_average": "the paper's setting",
-    "FastMix: last_half_average": "FastMix",
+    "paper: last": "the paper's setting",
+    "FastMix: last": "FastMix",
     "RegMix 64": "RegMix-style, 64 runs",
 }
 TRANSFER = {  # rows of the table of a larger model
     "proportional": "proportional to tokens",
     "best fixed": "best fixed mixture of the small runs",
-    "FastMix: last_half_average": "FastMix, found by the small search",
+    "FastMix: last": "FastMix, found by the small search",
     "found on bytes": "FastMix, found by the small search on bytes",
     "searched there": "FastMix, searched there",
 }
@@ -591,7 +591,7 @@ def show_found(results, task, args, surface):
     for seed in seeds:
         run = results.get(Key(task, "search FastMix", seed, steps, size_of(task)))
         if run is not None:
-            print(f"    seed {seed} found {listed(task, run.found['last_half_average'])}")
+            print(f"    seed {seed} found {listed(task, run.found['last'])}")
 
 
 def show_for_readme(results, tasks, args, bests):
@@ -671,7 +671,7 @@ def tuning_regret(results, task, what, args, surface, least):
     for seed in TUNING_SEEDS:
         run = results.get(Key(task, what, seed, steps_of(args, task), size_of(task)))
         if run is not None:
-            loss = surface.predict(run.found["last_half_average"])[0]
+            loss = surface.predict(run.found["last"])[0]
             values.append(100 * (loss / least - 1))
     if not values:
         return np.nan
@@ -696,7 +696,7 @@ def show_tuning(results, tasks, args, surfaces):
                 columns[task] = column
     if not columns:
         return
-    print(f"\nsearches of seeds {TUNING_SEEDS[0]} and {TUNING_SEEDS[1]}, average of the last half: "
+    print(f"\nsearches of seeds {TUNING_SEEDS[0]} and {TUNING_SEEDS[1]}: "
           "% of the loss above the best fixed mixture known, by the response surface\n")
     print(header_of([TASKS[task].title for task in columns]))
     for what, *row in zip(searches, *columns.values()):
@@ -711,9 +711,8 @@ def show_tuning(results, tasks, args, surfaces):
 
 POINTS = [  # label, colour, marker, rank among those of about one cost, rows
     ("RegMix-style", "#009E73", "s", 0, [f"RegMix {n}" for n in REGMIX]),
-    ("FastMix, last half", "#0072B2", "o", 0, ["FastMix: last_half_average"]),
-    ("raw gradients", "#D55E00", "P", 3, ["none: last_half_average"]),
-    ("the paper's setting", "#44AA99", "<", 2, ["paper: last_half_average"]),
+    ("FastMix", "#0072B2", "o", 0, ["FastMix: last"]),
+    ("the paper's setting", "#44AA99", "<", 2, ["paper: last"]),
     ("the authors' setting", "#999933", "v", 0, ["authors: last"]),
     ("DoGE's rule", "#E69F00", "^", 5, ["DoGE: run_average"]),
     ("DoReMi's rule", "#CC79A7", "v", 0, ["DoReMi: run_average"]),

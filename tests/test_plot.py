@@ -44,7 +44,7 @@ def write_log(folder, K=3, steps=30, searched=True, tail="", names=None, targets
     (folder / "log.jsonl").write_text("".join(lines) + tail)
 
 
-def write_result(folder, mixture, last=None, seed=1, losses=None, weights=None, searched=True,
+def write_result(folder, mixture, average=None, seed=1, losses=None, weights=None, searched=True,
                  sources=None, **settings):
     """
     A mixture.json as fastmix.py writes it, and a log.jsonl if there is none; returns the dict.
@@ -66,8 +66,8 @@ def write_result(folder, mixture, last=None, seed=1, losses=None, weights=None, 
                            "tokens_per_document": 40.0}
         described[name] |= (sources or {}).get(name, {})
     mean = sum(weight * loss for weight, loss in zip(weights, losses.values()))
-    result = {"mixture": mixture, "recommended": "last_half_average", "unit": "tokens",
-              "mixtures": {"last": last or mixture, "last_half_average": mixture,
+    result = {"mixture": mixture, "recommended": "last", "unit": "tokens",
+              "mixtures": {"last": mixture, "last_half_average": average or mixture,
                            "run_average": mixture},
               "bytes": mixture, "target": list(losses), "test_loss": mean,
               "test_bits_per_byte": 2 * mean, "targets": targets,
@@ -99,7 +99,7 @@ def test_table_of_a_finished_run(synthetic):
     again = run("plot_mixture.py", "table", cwd=synthetic)
     table = stdout.split("\n\n")[1].split("\nwrote ")[0]
     assert table in again and "mean of the targets" in table
-    assert "final: share of the tokens, average over the last half of the run" in table
+    assert "final: share of the tokens at the end of the run" in table
     (synthetic / "table" / "mixture.json").write_text("[1]")
     line = refused("plot_mixture.py", "table", cwd=synthetic)
     assert "mixture.json: not what this fastmix.py writes" in line
@@ -128,7 +128,7 @@ def test_every_line_of_the_table(tmp_path):
         "source               tokens   start   final  epochs  val loss",
         "a                    12,345   0.400   0.300    1.25     2.500",
         "b                     1,000   0.600   0.700   31.00     3.000",
-        "final: share of the tokens, average over the last half of the run",
+        "final: share of the tokens at the end of the run",
         "epochs: how often 1,000 tokens, drawn at the final mixture, read a source",
         "val loss: loss per token (nats) on the source's own val split",
         "target t: test loss 1.5000 per learned token, 3.0000 bits per byte; "
@@ -162,15 +162,15 @@ def test_bounds_in_the_table(tmp_path):
 SPLIT = {"a": 0.5, "b": 0.3, "c": 0.2}
 
 
-@pytest.mark.parametrize("mixture, last, searched, parts", [
+@pytest.mark.parametrize("mixture, average, searched, parts", [
     ({"a": 0.95, "b": 0.05}, None, True, ["nearly all of the mixture is a"]),
     ({"a": 0.95, "b": 0.05}, None, False, []),
     ({"a": 1.0}, None, True, []),
     (SPLIT, {"a": 0.31, "b": 0.3, "c": 0.39}, True, []),
-    (SPLIT, {"a": 0.28, "b": 0.3, "c": 0.42}, True, ["differs from the average by 22%"]),
-    ({"a": 0.91, "b": 0.09}, {"a": 0.2, "b": 0.8}, True, ["nearly all", "average by 71%"])])
-def test_warning_of_a_search_that_collapsed_or_moves(tmp_path, mixture, last, searched, parts):
-    result = write_result(tmp_path / "out", mixture, last, searched=searched)
+    (SPLIT, {"a": 0.28, "b": 0.3, "c": 0.42}, True, ["over the last half by 22%"]),
+    ({"a": 0.91, "b": 0.09}, {"a": 0.2, "b": 0.8}, True, ["nearly all", "by 71%"])])
+def test_warning_of_a_search_that_collapsed_or_moves(tmp_path, mixture, average, searched, parts):
+    result = write_result(tmp_path / "out", mixture, average, searched=searched)
     stdout = run("plot_mixture.py", "out", cwd=tmp_path)
     warnings = [line for line in stdout.splitlines() if line.startswith("warning: ")]
     assert len(warnings) == len(parts), stdout
@@ -656,10 +656,10 @@ def test_every_panel_says_what_it_shows(tmp_path, monkeypatch):
 
 
 def test_shares_in_the_legend(tmp_path, monkeypatch):
-    """Those of mixture.json once it is there; until then, the average of the log's last half."""
+    """Those of mixture.json once it is there; until then, those of the last report."""
     write_log(tmp_path / "out", K=2)
     alpha = read_log(tmp_path / "out")["alpha"]
-    expected = [f"source{k}  {alpha[f'source{k}'][15:].mean():.2f}" for k in (1, 0)]
+    expected = [f"source{k}  {alpha[f'source{k}'][-1]:.2f}" for k in (1, 0)]
     assert legend_of(drawn(monkeypatch, tmp_path, "out").axes[0]) == expected
     monkeypatch.undo()
     write_result(tmp_path / "out", {"source0": 0.123, "source1": 0.877})

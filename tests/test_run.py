@@ -103,8 +103,8 @@ def test_the_result(reference):
         assert list(mixture) == ["a", "b", "noise"]
         assert math.isclose(sum(mixture.values()), 1, abs_tol=1e-12)
     assert list(result["mixtures"]) == ["last", "last_half_average", "run_average"]
-    assert result["recommended"] == "last_half_average"
-    assert result["mixture"] == result["mixtures"]["last_half_average"]
+    assert result["recommended"] == "last"
+    assert result["mixture"] == result["mixtures"]["last"] == rows[-1]["alpha"]
     assert result["unit"] == "tokens"
     assert result["searched"] is True
     assert result["tokenizer"] == "synthetic"
@@ -180,7 +180,7 @@ def test_the_results_numbers_by_another_way(counted):
     sources = result["sources"]
     rows = log_rows(counted / "out")
     alphas = np.array([list(row["alpha"].values()) for row in rows])
-    found = dict(zip(sources, alphas[25:50].mean(0)))
+    found = dict(zip(sources, alphas[-1]))
     assert result["mixture"] == pytest.approx(found, rel=1e-6)
 
     # 50 steps of 8 sequences of 16 positions, which the examples of `tasks` do not fill
