@@ -48,6 +48,12 @@ README_COLUMNS = {  # of the table for the README, whose rows are tasks
     "FastMix: last": "FastMix",
     "RegMix 64": "RegMix-style, 64 runs",
 }
+SAMPLE_ROWS = {  # of the README's table of the sample
+    "FastMix: last": "FastMix, found mixture (`mixture.json`)",
+    "ngram": "n-gram EM (`tests/ngram.py`)",
+    "proportional": "proportional to tokens",
+    "uniform": "uniform",
+}
 TRANSFER = {  # rows of the table of a larger model
     "proportional": "proportional to tokens",
     "best fixed": "best fixed mixture of the small runs",
@@ -528,6 +534,7 @@ def show(results, args):
     show_repetition(results, args)
     show_tuning(results, tasks, args, surfaces)
     show_for_readme(results, tasks, args, bests)
+    show_sample(results, args)
     with_regmix = [task for task in tasks if not few_runs(task)]
     if with_regmix:
         figure(results, with_regmix, args, bests, Path(args.results).parent / "mixtures.png")
@@ -592,6 +599,17 @@ def show_found(results, task, args, surface):
         run = results.get(Key(task, "search FastMix", seed, steps, size_of(task)))
         if run is not None:
             print(f"    seed {seed} found {listed(task, run.found['last'])}")
+
+
+def show_sample(results, args):
+    """Test losses on the sample, by seed: the README's first table."""
+    seeds = args.seeds[:3]
+    print("\nthe sample: test loss per token, in nats\n")
+    print(header_of([*(f"seed {seed}" for seed in seeds), "mean"]))
+    for what, title in SAMPLE_ROWS.items():
+        found = losses(results, "sample", what, seeds, TASKS["sample"].steps)
+        if found is not None:
+            print(row_of(title, [f"{loss:.3f}" for loss in (*found, found.mean())]))
 
 
 def show_for_readme(results, tasks, args, bests):
