@@ -69,7 +69,7 @@ SCALE_DECAY = 0.98  # and of the running mean of the alignments' rms, see mixtur
 DAMPING = 1.0  # added to each factor of the curvature, times the mean of its diagonal
 TEST_TOKENS = 2**18  # at most so many tokens of each test split are evaluated at the end
 # a run may be resumed with these changed; with anything else changed it would be another run
-MAY_CHANGE = ("resume", "out_dir", "data_dir", "device", "compile", "log_every", "eval_tokens")
+MAY_CHANGE = ("resume", "out_dir", "data_dir", "device", "compile", "log_every")
 MAY_BE_ZERO = ("seed", "warmup_steps")  # all other integers are 1 or more
 
 
@@ -127,7 +127,7 @@ def parse_args(argv=None, defaults={}):
             least = 0 if type(value) is float or name in MAY_BE_ZERO else 1
             if not least <= value < 2**63:
                 fail(f"--{name} {value} is out of range; it must be {least} or more")
-    for name in ("out_dir", "init_from", "bounds"):
+    for name in ("data_dir", "out_dir", "init_from", "bounds"):
         if getattr(args, name) == "":
             fail(f"--{name} is empty; leave it out, or give it a value")
     for name in ("train_tokens", "max_epochs"):
@@ -135,6 +135,9 @@ def parse_args(argv=None, defaults={}):
             fail(f"--{name} 0 is out of range; it must be above 0")
     if args.uniform_share > 1:
         fail(f"--uniform_share {args.uniform_share} is out of range; it must be from 0 to 1")
+    if args.learning_rate_mixture and args.learning_rate_mixture > 1e6:  # z would lose its digits
+        fail(f"--learning_rate_mixture {args.learning_rate_mixture} is out of range; it must be "
+             "at most 1e6")
     if args.max_epochs and not args.train_tokens:
         fail("--max_epochs counts epochs of the real run; give --train_tokens, too")
     if args.mixture and (args.bounds or args.max_epochs):

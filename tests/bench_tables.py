@@ -282,7 +282,7 @@ def response_surface(results, task, args):
     for runs in by_mixture.values():
         if len(runs) == len(seeds):
             whole.append([runs[seed] for seed in seeds])
-    if len(by_mixture) < 20 or len(seeds) < 2 or len(whole) < 3:
+    if len(by_mixture) < 15 or len(seeds) < 2 or len(whole) < 3:
         return None
     whole = np.array(whole)
 

@@ -25,8 +25,14 @@ symbols count, and several targets are weighed by their losses per byte. w_k is 
 share of the learned symbols. With d_k of these per token of the source, its share of the tokens is
 in proportion to w_k / d_k. That is what --mixture takes.
 """
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the program without a traceback
+
 import argparse
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -237,6 +243,8 @@ def parse_args(argv):
         fail(f"--order {args.order} is out of range; it must be from 1 to 7")
     if args.block_size < 1:
         fail(f"--block_size {args.block_size} is out of range; it must be 1 or more")
+    if args.data_dir == "":
+        fail("--data_dir is empty; leave it out, or give it a value")
     check_out(args)
     return args
 
@@ -247,7 +255,7 @@ def check_out(args):
         fail(f"--out {args.out} must end in .json, by which fastmix.py --mixture knows a file")
     if not args.out.parent.is_dir() or args.out.is_dir():
         fail(f"--out {args.out} cannot be written; name a file in a folder that exists")
-    if not args.out.exists() or args.overwrite:
+    if not os.path.lexists(args.out) or args.overwrite:  # a link that leads nowhere is there, too
         return
     try:
         written_by = json.loads(args.out.read_text())["method"]
@@ -263,11 +271,14 @@ def main(argv=None):
     if args.sources is None:
         prepare_sample(args.data_dir)
         args.sources = ",".join(sample_sources(args.data_dir))
-        args.target = args.target or SAMPLE_TARGETS[0]
+        if args.target is None:
+            args.target = SAMPLE_TARGETS[0]
+    if args.target is None:
+        args.target = args.sources
     names = list(parse_pairs("--sources", args.sources))
     if "=" in args.sources:
         fail(f"--sources '{args.sources}' must be names alone")
-    weights = parse_weights("--target", args.target or args.sources)
+    weights = parse_weights("--target", args.target)
     if 0 in weights.values():
         fail(f"--target '{args.target}': leave out a target that weighs nothing")
     sets = load_sets(args.data_dir, names, list(weights), args.block_size)
@@ -300,4 +311,7 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except OSError as error:  # a full disk, a folder that may not be written
+        fail(error)

@@ -308,6 +308,9 @@ def test_every_number_has_a_range(capsys):
             good += [10**6]
         if name == "uniform_share":
             bad += [1.000001, 10]
+        if name == "learning_rate_mixture":
+            good += [1e6]
+            bad += [1.1e6, 1e18]
         if name == "train_tokens":
             good = [0.5, 1]
             bad += [0]
@@ -482,6 +485,7 @@ def test_parts_of_a_run_are_no_free_folder(folder):
         assert (out / name).read_text() == ""
 
 
-def test_an_empty_out_dir_does_not_litter(folder):
-    """--out_dir "" is refused: the working folder is hardly meant."""
-    assert "--out_dir" in refused("fastmix.py", *SHORT, *AB, "--out_dir", "", cwd=folder)
+@pytest.mark.parametrize("flag", ["--out_dir", "--data_dir"])
+def test_an_empty_folder_does_not_litter(folder, flag):
+    """It is refused: the working folder is hardly meant."""
+    assert f"{flag} is empty" in refused("fastmix.py", *SHORT, *AB, flag, "", cwd=folder)

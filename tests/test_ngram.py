@@ -395,7 +395,9 @@ def test_the_sample_is_the_default(data, tmp_path):
     (["--target", "a=x"], "--target 'a=x'"),
     (["--target", "a=0,b"], "--target 'a=0,b'"),
     (["--target", "a=inf"], "--target 'a=inf'"),
+    (["--target", ""], "--target ''"),
     (["--data_dir", "gone"], "no set 'a' in gone/"),
+    (["--data_dir", ""], "--data_dir is empty"),
     (["--order", "0"], "--order 0"),
     (["--order", "8"], "--order 8"),
     (["--block_size", "0"], "--block_size 0"),
@@ -405,6 +407,7 @@ def test_the_sample_is_the_default(data, tmp_path):
     (["--out", "x.txt"], "must end in .json"),
     (["--out", "other.json"], "--overwrite"),
     (["--out", "list.json"], "--overwrite"),
+    (["--out", "dangling.json"], "--overwrite"),
     (["--sources", "a,bpe"], "'bpe' was made with the tokenizer other"),
     (["--sources", "a,damaged"], "holds token id 300"),
 ])
@@ -412,6 +415,7 @@ def test_bad_input(data, args, words_of_error):
     folder = data.parent
     if not (folder / "folder.json").exists():
         (folder / "folder.json").mkdir()
+        (folder / "dangling.json").symlink_to("nowhere")
         splits = dict.fromkeys(("train", "val", "test"), np.arange(99))
         write_set(data / "bpe", splits, 257, tokenizer="other")
         text_set(data / "damaged", np.array([*range(90), 300, END]))

@@ -116,6 +116,8 @@ def test_a_run_that_ends_above_its_lowest_val_loss(tmp_path, at_the_end, warned)
     line = (f"warning: the target's val loss was lowest, 2.0000, at step 4, and is "
             f"{at_the_end:.4f} at the end")
     assert (line in result_table(result)) == warned
+    result |= {"lowest": {"step": 4, "val_loss": 0.0043}, "val_loss": 0.0053}
+    assert "lowest" not in result_table(result)  # nothing is left to lose
 
 
 def test_every_line_of_the_table(tmp_path):
