@@ -165,6 +165,9 @@ class Bench:
         def nothing(*_):
             pass
 
+        def empty_checkpoint(path, *_):
+            path.touch()  # without one the run's log would be taken for that of a failed run
+
         argv = ["--data_dir", str(self.folder), "--sources", ",".join(f"s{k}" for k in range(K)),
                 "--target", "s0", "--max_steps", str(last + 1), "--log_every", str(10**9),
                 "--eval_tokens", "1", "--outer_every", str(every), "--device", args.device,
@@ -174,7 +177,7 @@ class Bench:
         if args.compile:
             argv.append("--compile")
         changes = {"learning_rate_at": timed_learning_rate_at, "TEST_TOKENS": 1,
-                   "save_checkpoint": nothing, "draw_run": nothing}
+                   "save_checkpoint": empty_checkpoint, "draw_run": nothing}
         with (tempfile.TemporaryDirectory() as out, mock.patch.multiple(fastmix, **changes),
               contextlib.redirect_stdout(io.StringIO())):
             fastmix.main([*argv, "--out_dir", out])
