@@ -55,7 +55,7 @@ TASKS = {
     "bpe_half": Task("half useless, BPE", HALF, "math", "bpe"),
     # fastmix.py's default run
     "sample": Task("the sample", SAMPLE, "numpy", "sample", 2400, {"learning_rate": 4e-3},
-                   n_tried=15, dirichlet=(4.5, 0.81, 0.54, 2.25, 0.45, 0.45)),
+                   n_tried=13, dirichlet=(4.5, 0.81, 0.54, 2.25, 0.45, 0.45)),
     # searched in a quarter of the steps, with the text repeated as it will be
     "scarce_long": Task("scarce target, long", SCARCE, "prose_2", "base", 2400,
                         search_flags={"max_steps": 600, "train_tokens": 2_457_600},

@@ -684,12 +684,16 @@ def named(setting):
 
 
 def tuning_regret(results, task, what, args, surface, least):
-    """Of a search's averages of the last half on the tuning seeds; NaN where none ran."""
+    """
+    Of what a search recommends on the tuning seeds; NaN where none ran. That is the last mixture,
+    but the average of the last half for what was tried at a constant rate.
+    """
     values = []
     for seed in TUNING_SEEDS:
         run = results.get(Key(task, what, seed, steps_of(args, task), size_of(task)))
         if run is not None:
-            loss = surface.predict(run.found["last"])[0]
+            taken = "last" if "last" in run.found else "last_half_average"
+            loss = surface.predict(run.found[taken])[0]
             values.append(100 * (loss / least - 1))
     if not values:
         return np.nan

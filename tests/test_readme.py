@@ -68,7 +68,7 @@ def test_ci_runs_the_readmes_test_command():
 
 def test_flags_exist():
     known = {"nproc_per_node", "index-url", "extra-index-url", "data-path"}  # other programs'
-    for file in (*ROOT.glob("*.py"), *ROOT.glob("tests/bench_*.py")):
+    for file in (*ROOT.glob("*.py"), *ROOT.glob("tests/bench_*.py"), ROOT / "tests/ngram.py"):
         known |= flags(file.relative_to(ROOT))
     named = set(re.findall(r"--([a-z]\w*(?:-[a-z]+)*)", README))
     assert len(named) > 15
