@@ -1090,7 +1090,10 @@ if __name__ == "__main__":
         sys.exit(130)
     except OSError as error:  # a full disk, a folder that may not be written, a file that is gone
         fail(error)
-    except torch._dynamo.exc.BackendCompilerFailed as error:
-        # without a C++ compiler, of which torch.compile knows when the model first runs
+    except RuntimeError as error:
+        # Without a C++ compiler, of which torch.compile knows when the model first runs. (By name:
+        # to name its class here would import a second's worth of torch at each --help.)
+        if type(error).__name__ != "BackendCompilerFailed":
+            raise
         reason = " ".join(str(error).split())[:200]
         fail(f"--compile: {reason}; mend that, or leave --compile out")
