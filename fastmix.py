@@ -1091,8 +1091,8 @@ if __name__ == "__main__":
     except OSError as error:  # a full disk, a folder that may not be written, a file that is gone
         fail(error)
     except RuntimeError as error:
-        # Without a C++ compiler, of which torch.compile knows when the model first runs. That module
-        # is there once it was called; to import it here would take a second at each --help.
+        # Without a C++ compiler, of which torch.compile knows when the model first runs. The module
+        # is there once it was called. To import it here would take a second at each --help.
         dynamo = sys.modules.get("torch._dynamo.exc")
         if dynamo is None or not isinstance(error, dynamo.BackendCompilerFailed):
             raise
