@@ -168,7 +168,9 @@ def past_the_lowest(result):
     last = result["val_loss"]
     if last < 1.03 * least or last < least + 0.01:
         return []
-    whose = "the target's" if len(result["targets"]) == 1 else "the targets' mean"
+    whose = "the target's"
+    if len(result["targets"]) > 1:
+        whose = "the targets' mean"
     return [f"warning: {whose} val loss was lowest, {least:.4f}, at step {lowest['step']}, and is "
             f"{last:.4f} at the end; lower --max_steps or, if a source repeats too often (epochs), "
             "give it more text"]
