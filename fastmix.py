@@ -334,7 +334,10 @@ class FusedWeightedCrossEntropy(torch.autograd.Function):
                 # From here on all is in place, in the buffer unless it is bfloat16: the largest
                 # tensors are held once. The logits become log p, and then p - y.
                 log_p = logits.to(wide)
-                torch.log_softmax(log_p, 1, out=log_p)
+                if device.type == "mps":  # nothing has shown yet that it may be in place there
+                    log_p = torch.log_softmax(log_p, 1)
+                else:
+                    torch.log_softmax(log_p, 1, out=log_p)
                 log_p_y = log_p.gather(1, y)  # (n, 1)
                 token_loss[start:end] = -log_p_y.squeeze(1) * learned
                 if not (hidden_needs_grad or head_needs_grad):
@@ -944,9 +947,10 @@ def main(argv=None):
             add_up(g_val, s_val)
             state.G.lerp_(g_val, 1 - DECAY)
             state.S.lerp_(s_val, 1 - DECAY)
-            v = torch.ones_like(head)  # before the first step AdamW has none
             if step > 0 and args.curvature != "none":
                 v = optimizer.state[head]["exp_avg_sq"]  # another optimizer: see Fork it, README
+            else:
+                v = torch.ones_like(head)  # before the first step AdamW has none; P = 1 needs none
             PG = preconditioned(args.curvature, state.G, state.S, v)
 
         # ---- inner step: train on sequences drawn by q, weighted by r

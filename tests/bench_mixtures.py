@@ -4,7 +4,7 @@ models, a RegMix-style search and the rules of DoGE and DoReMi, by the target's 
 trained for the same number of steps at the mixture that each recommends.
 
     python tests/bench_mixtures.py --quick         one task, short runs: 3 minutes on 2 cores
-    python tests/bench_mixtures.py                 nine tasks: many hours on 2 cores
+    python tests/bench_mixtures.py                 eight tasks: many hours on 2 cores
     python tests/bench_mixtures.py --gpt2_ranks FILE.tiktoken        two more, with a BPE vocabulary
     python tests/bench_mixtures.py --stages transfer repetition sensitivity     the other questions
     python tests/bench_mixtures.py --table --results tests/bench_mixtures.jsonl         runs nothing
