@@ -67,6 +67,7 @@ from prepare_data import (IGNORE, SAMPLE_TARGETS, fail, gather, load_sets, prepa
 DECAY = 0.9  # what an outer step keeps of the running means G and S, see preconditioned()
 SCALE_DECAY = 0.98  # and of the running mean of the alignments' rms, see mixture_step()
 DAMPING = 1.0  # added to each factor of the curvature, times the mean of its diagonal
+CACHED = 2**19  # numbers of the head's gradient that fit into a CPU core's cache, with some room
 TEST_TOKENS = 2**18  # at most so many tokens of each test split are evaluated at the end
 # a run may be resumed with these changed; with anything else changed it would be another run
 MAY_CHANGE = ("resume", "out_dir", "data_dir", "device", "compile", "log_every")
@@ -285,6 +286,30 @@ def pieces(start, end, ends):
         source_start = source_end
 
 
+def add_head_gradient(grad_head, parts, p_minus_y, weighted_h, PG, cuts):
+    """
+    Adds a chunk's part of the head's gradient, the sum of (p_t - y_t) (weight_t h_t)^T, to
+    grad_head (V, C). With PG (V, C) it is formed source by source, as dW_k, and <PG, dW_k> is added
+    to parts (K,). p_minus_y is (n, V), weighted_h (n, C), and cuts are the chunk's pieces().
+    """
+    if PG is None:
+        if p_minus_y.dtype == grad_head.dtype:
+            grad_head.addmm_(p_minus_y.T, weighted_h)
+        else:
+            grad_head += p_minus_y.T @ weighted_h
+        return
+    V, C = PG.shape
+    block_rows = V
+    if PG.device.type == "cpu":  # a block stays in the cache for the last three lines below
+        block_rows = max(1, CACHED // C)
+    for row in range(0, V, block_rows):
+        block = slice(row, row + block_rows)
+        for k, piece in cuts:
+            dW = p_minus_y[piece, block].T @ weighted_h[piece]  # (block_rows, C)
+            grad_head[block].add_(dW)
+            parts[k] += torch.dot(PG[block].flatten(), dW.flatten().to(PG.dtype))
+
+
 class FusedWeightedCrossEntropy(torch.autograd.Function):
     """
     The LM head and its loss, sum_t weight_t loss_t, in one walk over the tokens that never holds
@@ -318,7 +343,6 @@ class FusedWeightedCrossEntropy(torch.autograd.Function):
         W = head.to(dtype)
         token_weight = token_weight * (labels != IGNORE)
         buffer = torch.empty(chunk, V, dtype=dtype, device=device)  # one for all chunks
-        dW = torch.empty(V, C, dtype=dtype, device=device)  # and one for all pieces
         token_loss = torch.zeros(N, dtype=wide, device=device)
         grad_hidden = torch.zeros(N, C, dtype=wide, device=device)
         grad_head = torch.zeros_like(head, dtype=wide) if head_needs_grad else None
@@ -348,14 +372,8 @@ class FusedWeightedCrossEntropy(torch.autograd.Function):
                     grad_hidden[start:end] = (p_minus_y @ W) * token_weight[start:end, None]
                 if head_needs_grad:
                     weighted_h = (h * token_weight[start:end, None]).to(dtype)
-                    if PG is None and dtype == wide:  # no parts are wanted: one pass over (V, C)
-                        grad_head.addmm_(p_minus_y.T, weighted_h)
-                        continue
-                    for k, piece in pieces(start, end, ends):
-                        torch.mm(p_minus_y[piece].T, weighted_h[piece], out=dW)  # (V, C)
-                        grad_head += dW
-                        if PG is not None:
-                            parts[k] += torch.dot(PG.flatten(), dW.flatten().to(wide))
+                    add_head_gradient(grad_head, parts, p_minus_y, weighted_h, PG,
+                                      list(pieces(start, end, ends)))
 
         if head_needs_grad:
             grad_head = grad_head.to(head.dtype)
@@ -607,8 +625,11 @@ def start_machine(args):
     The device and dtype of the flags -> (device, autocast context). Started by torchrun, this
     process joins the others, and only the first of them prints.
     """
-    # a setting of torch on Linux: large new tensors in huge pages, with fewer page faults
+    # Two settings for Linux, against page faults. Large new tensors come in huge pages (torch's
+    # allocator). And once 24 MB were freed, the C library keeps what is freed for the next step,
+    # where it would otherwise give it back to the system.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    torch.empty(24 * 2**20, dtype=torch.uint8)
     found = torch.accelerator.current_accelerator(check_available=True)
     device = args.device
     if device == "auto":

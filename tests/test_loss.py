@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 import fastmix
 from fastmix import (DAMPING, IGNORE, batch_loss, fused_cross_entropy, inverse_curvature, pieces,
@@ -38,8 +39,10 @@ def plain_loss(hidden, weight, targets, coef):
 @pytest.mark.parametrize("chunk", [1, 4, 7, N, 100, None])
 @pytest.mark.parametrize("grad_out", [1.0, -2.5])
 @pytest.mark.parametrize("ends", [None, ENDS])
-def test_loss_and_gradients_equal_plain(chunk, grad_out, ends):
+@pytest.mark.parametrize("block_rows", [1, 5, V])
+def test_loss_and_gradients_equal_plain(monkeypatch, chunk, grad_out, ends, block_rows):
     """To ask for parts by source, too, changes neither the loss nor the gradients."""
+    monkeypatch.setattr(fastmix, "CACHED", block_rows * C)
     hidden, weight, targets, coef = inputs()
     PG = None
     if ends is not None:
@@ -136,43 +139,41 @@ def test_log_sum_exp_is_float32_under_bfloat16():
     torch.testing.assert_close(loss, torch.tensor(4096.0).log())
 
 
-def test_computes_only_what_is_asked(monkeypatch):
+def test_computes_only_what_is_asked():
     """One matmul for the logits, and one more for each of the two gradients that is wanted."""
     hidden, weight, targets, coef = inputs()
     expected, _ = plain_loss(hidden, weight, targets, coef)
     expected_hidden, expected_weight = torch.autograd.grad(expected, (hidden, weight))
-    mm = torch.mm
-    addmm_ = torch.Tensor.addmm_
-    shapes = []
 
-    def counted(a, b, out):
-        shapes.append((len(a), b.shape[1]))
-        return mm(a, b, out=out)
+    def matmuls():
+        """Counts multiplications, in units of one matrix product of N, V and C."""
+        def of_addmm_(total, a, b, **_):  # torch's counter leaves it out
+            return 2 * a[0] * a[1] * b[1]
+        return FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: of_addmm_})
 
-    def counted_and_added(total, a, b):
-        shapes.append((len(a), b.shape[1]))
-        return addmm_(total, a, b)
+    def count(counter):
+        return counter.get_total_flops() / (2 * N * V * C)
 
-    monkeypatch.setattr(torch, "mm", counted)
-    monkeypatch.setattr(torch.Tensor, "addmm_", counted_and_added)
-    with torch.no_grad():  # an evaluation
+    with torch.no_grad(), matmuls() as counter:  # an evaluation
         fused_cross_entropy(hidden, weight, targets, coef)
-    assert shapes == [(N, V)]
+    assert count(counter) == 1
 
-    shapes.clear()  # the target's gradient at the head
-    loss, _, _ = fused_cross_entropy(hidden.detach(), weight, targets, coef, chunk=N)
-    assert shapes == [(N, V), (V, C)]
-    torch.testing.assert_close(torch.autograd.grad(loss, weight)[0], expected_weight)
+    with matmuls() as counter:  # the target's gradient at the head
+        loss, _, _ = fused_cross_entropy(hidden.detach(), weight, targets, coef)
+        gradient, = torch.autograd.grad(loss, weight)
+    assert count(counter) == 2
+    torch.testing.assert_close(gradient, expected_weight)
 
-    shapes.clear()  # the parts of four sources, of which one has no tokens
+    with matmuls() as counter:  # a head that is not trained
+        loss, _, _ = fused_cross_entropy(hidden, weight.detach(), targets, coef)
+        gradient, = torch.autograd.grad(loss, hidden)
+    assert count(counter) == 2
+    torch.testing.assert_close(gradient, expected_hidden)
+
     PG = torch.ones_like(weight)
-    fused_cross_entropy(hidden.detach(), weight, targets, coef, PG, ENDS, chunk=N)
-    assert shapes == [(N, V)] + [(V, C)] * 3
-
-    shapes.clear()  # a head that is not trained
-    loss, _, _ = fused_cross_entropy(hidden, weight.detach(), targets, coef, chunk=N)
-    assert shapes == [(N, V)]
-    torch.testing.assert_close(torch.autograd.grad(loss, hidden)[0], expected_hidden)
+    with matmuls() as counter:  # training, with the parts of four sources
+        fused_cross_entropy(hidden, weight, targets, coef, PG, ENDS)
+    assert count(counter) == 3
 
 
 # ---- parts of the head's gradient, by source ---------------------------------------------------
@@ -198,8 +199,10 @@ def test_pieces_cut_a_chunk_by_source(ends, chunk):
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 6, None])
-def test_parts_equal_a_backward_pass_of_each_token(chunk):
+@pytest.mark.parametrize("block_rows", [1, 5, V])
+def test_parts_equal_a_backward_pass_of_each_token(monkeypatch, chunk, block_rows):
     """A source's part is the sum of coef_t <PG, gradient of loss_t at the head> over its tokens."""
+    monkeypatch.setattr(fastmix, "CACHED", block_rows * C)
     hidden, weight, targets, coef = inputs()
     PG = torch.randn(V, C, dtype=torch.float64)
     _, token_loss = plain_loss(hidden, weight, targets, coef)
