@@ -300,7 +300,8 @@ def add_head_gradient(grad_head, parts, p_minus_y, weighted_h, PG, cuts):
         return
     V, C = PG.shape
     block_rows = V
-    if PG.device.type == "cpu":  # a block stays in the cache for the last three lines below
+    if PG.device.type == "cpu":
+        # so few that a block is still in the cache when it is added up and compared with PG
         block_rows = max(1, CACHED // C)
     for row in range(0, V, block_rows):
         block = slice(row, row + block_rows)
@@ -625,9 +626,9 @@ def start_machine(args):
     The device and dtype of the flags -> (device, autocast context). Started by torchrun, this
     process joins the others, and only the first of them prints.
     """
-    # Two settings for Linux, against page faults. Large new tensors come in huge pages (torch's
-    # allocator). And once 24 MB were freed, the C library keeps what is freed for the next step,
-    # where it would otherwise give it back to the system.
+    # Two settings for Linux, against page faults. Torch's allocator takes huge pages for large
+    # tensors. And glibc, which would give memory back after each step and get it again in the next,
+    # keeps it from now on: the first large tensor that is freed raises its threshold.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     torch.empty(24 * 2**20, dtype=torch.uint8)
     found = torch.accelerator.current_accelerator(check_available=True)
