@@ -1433,14 +1433,21 @@ def write_splits(writers, encoder, placed, workers):
         for split, encoded in waiting.popleft().result().items():
             writers[split].write(encoded)
 
-    for batch in batches_of(placed):
-        n_documents += sum(unit.starts_document for unit, _, _ in batch)
-        waiting.append(threads(workers).submit(encoder.encode_batch, batch))
-        # a few more than are worked on, so that no thread waits for text
-        if len(waiting) > 2 * workers:
+    try:
+        for batch in batches_of(placed):
+            n_documents += sum(unit.starts_document for unit, _, _ in batch)
+            waiting.append(threads(workers).submit(encoder.encode_batch, batch))
+            # a few more than are worked on, so that no thread waits for text
+            if len(waiting) > 2 * workers:
+                write_oldest()
+        while waiting:
             write_oldest()
-    while waiting:
-        write_oldest()
+    except KeyboardInterrupt:
+        # A thread that was just being started is not among those that Python ends at its exit, and
+        # the program would wait for it for ever. shutdown() ends it, too.
+        threads(workers).shutdown(wait=False, cancel_futures=True)
+        threads.cache_clear()
+        raise
     return n_documents
 
 

@@ -604,6 +604,28 @@ def test_interrupted_leaves_the_old_set_and_nothing_else(texts):
     assert os.listdir(texts / "data") == ["x"]
 
 
+def test_interrupted_while_a_thread_starts(texts):
+    """The thread runs already, but the pool does not know it yet: the program still ends."""
+    program = """
+import threading
+import prepare_data
+
+start = threading.Thread.start
+
+def start_and_interrupt(thread):
+    start(thread)
+    raise KeyboardInterrupt
+
+threading.Thread.start = start_and_interrupt
+prepare_data.main(["x=small.txt"])
+"""
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", program], cwd=texts, env=env, text=True,
+                          capture_output=True, timeout=60)
+    assert "KeyboardInterrupt" in done.stderr
+    assert os.listdir(texts / "data") == []
+
+
 def test_killed_or_full_leaves_no_half_set(texts):
     import resource
     run("prepare_data.py", "x=big.txt", "--tokenizer", "bytes", cwd=texts)
