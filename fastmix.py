@@ -286,16 +286,17 @@ def pieces(start, end, ends):
         source_start = source_end
 
 
-def add_head_gradient(grad_head, parts, p_minus_y, weighted_h, PG, cuts):
+def add_head_gradient(grad_head, parts, p_minus_y, weighted_h, PG, chunk_pieces):
     """
-    Adds a chunk's part of the head's gradient, the sum of (p_t - y_t) (weight_t h_t)^T, to
-    grad_head (V, C). With PG (V, C) it is formed source by source, as dW_k, and <PG, dW_k> is added
-    to parts (K,). p_minus_y is (n, V), weighted_h (n, C), and cuts are the chunk's pieces().
+    Adds to grad_head (V, C), in place, what a chunk of n tokens contributes to the head's gradient:
+    the sum of (p_t - y_t) (weight_t h_t)^T over its tokens. With PG (V, C) the sum is formed source
+    by source, as dW_k, and <PG, dW_k> is added to parts (K,). p_minus_y is (n, V), weighted_h is
+    (n, C), and chunk_pieces is a list of what pieces() yields for the chunk.
     """
-    if PG is None:
+    if PG is None:  # nobody asks for the sources: one product
         if p_minus_y.dtype == grad_head.dtype:
             grad_head.addmm_(p_minus_y.T, weighted_h)
-        else:
+        else:  # addmm_ cannot add a product in bfloat16 to a sum in float32
             grad_head += p_minus_y.T @ weighted_h
         return
     V, C = PG.shape
@@ -305,7 +306,7 @@ def add_head_gradient(grad_head, parts, p_minus_y, weighted_h, PG, cuts):
         block_rows = max(1, CACHED // C)
     for row in range(0, V, block_rows):
         block = slice(row, row + block_rows)
-        for k, piece in cuts:
+        for k, piece in chunk_pieces:
             dW = p_minus_y[piece, block].T @ weighted_h[piece]  # (block_rows, C)
             grad_head[block].add_(dW)
             parts[k] += torch.dot(PG[block].flatten(), dW.flatten().to(PG.dtype))
@@ -318,7 +319,7 @@ class FusedWeightedCrossEntropy(torch.autograd.Function):
     the hidden state h_t, the softmax p_t and the one-hot label y_t, the gradient of loss_t is
     head^T (p_t - y_t) for h_t, and (p_t - y_t) h_t^T for the head. The latter is summed source by
     source, into parts dW_k = sum of weight_t (p_t - y_t) h_t^T over source k's tokens. Their sum is
-    the head's gradient, and <PG, dW_k> is what (2) needs.
+    the head's gradient, and <PG, dW_k> is what (2) needs: add_head_gradient() forms both.
 
     hidden (N, C), head (V, C), labels (N,), IGNORE where nothing is learned, token_weight (N,),
     PG (V, C) or None, ends (K,), chunk in tokens or None. Returns the loss, token_loss (N,) in

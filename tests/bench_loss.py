@@ -8,7 +8,7 @@ Memory: each variant in a process of its own, the peak of its resident memory ab
 before the first pass, with inputs and weights in place. Time: the variants take turns in one
 process, after a round that warms up. Seconds are medians; a time ratio is the median of the ratios
 within a round, and not the ratio of the medians. The last row has the three matrix products alone,
-without the softmax: no loss in float32 can be faster than these.
+without the softmax: a loss in float32 can hardly be faster than these.
 """
 import argparse
 import platform
