@@ -175,14 +175,6 @@ def step(z, A, present=None, density=None, rate=0.2, scale=None, n_before=0):
     return moved - z
 
 
-def test_one_step_by_hand():
-    """The example of README."""
-    z = vector(0.5, 0.3, 0.2).log()
-    dz = step(z, vector(2, 1, -1))
-    assert dz.tolist() == pytest.approx([0.114, -0.013, -0.266], abs=5e-4)
-    assert torch.softmax(z + dz, 0).tolist() == pytest.approx([0.555, 0.293, 0.152], abs=5e-4)
-
-
 class Quadratic:
     """
     The two nested problems, small enough to be solved exactly: sources with the mean losses

@@ -56,6 +56,13 @@ def test_a_new_model_knows_nothing():
     assert loss.item() == pytest.approx(math.log(500), abs=0.05)
 
 
+def test_torch_compile_takes_the_model_whole():
+    """To trace it is what can fail; to compile it for real, as --compile does, takes a minute."""
+    torch._dynamo.reset()
+    found = torch._dynamo.explain(gpt())(torch.zeros(2, 8, dtype=torch.int64))
+    assert (found.graph_count, found.graph_break_count) == (1, 0)
+
+
 def test_matrices_and_embeddings_decay_and_gains_do_not():
     model = gpt()
     decay, rest = model.configure_optimizer(1e-3, 0.1).param_groups
