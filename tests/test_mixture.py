@@ -256,13 +256,24 @@ def test_an_absent_source_keeps_its_logit():
     dz = step(z, vector(2, -50, 1), torch.tensor([True, False, True]), density)
     assert dz[1] == 0
     torch.testing.assert_close(dz[others], among)
-
-
-def test_with_no_source_present_nothing_changes():
-    scale = vector(3.0)[0]
-    dz = step(vector(0.5, -0.3), vector(0, 0), torch.tensor([False, False]), scale=scale)
-    assert dz.tolist() == [0, 0]
+    # and where all are absent nothing changes, nor does the scale
+    scale = vector(3)[0]
+    dz = step(z, vector(0, 0, 0), torch.tensor([False] * 3), density, scale=scale)
+    assert dz.tolist() == [0, 0, 0]
     assert scale == 3
+
+
+def test_the_scale_is_a_running_mean_of_the_rms():
+    """Of 50 steps their mean; from there it forgets by 2% a step."""
+    scale = vector(0)[0]
+    for n in range(150):
+        rms = n + 1
+        if n >= 50:
+            rms = 3
+        step(vector(0, 0), vector(rms, -rms), scale=scale, n_before=n)
+        if n == 49:
+            assert scale.item() == pytest.approx(25.5)
+    assert scale.item() == pytest.approx(3 + 22.5 * 0.98**100)
 
 
 def test_a_rare_large_alignment_counts_for_what_it_is():

@@ -1,4 +1,4 @@
-"""model.py: the GPT, its start and its optimizer, and checkpoints, whole, damaged and a stranger's."""
+"""model.py: the GPT, its optimizer and learning rate, and checkpoints, whole and damaged."""
 import math
 import os
 from types import SimpleNamespace
@@ -7,8 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model import (GPT, GPTConfig, learning_rate_at, load_checkpoint, rotate, rotation,
-                   save_checkpoint)
+from model import GPT, GPTConfig, learning_rate_at, load_checkpoint, rotation, save_checkpoint
 
 CONFIG = GPTConfig(vocab_size=11, block_size=8, n_layer=2, n_head=2, n_embd=8)
 
@@ -32,19 +31,17 @@ def test_a_hidden_state_depends_on_its_past_and_on_all_of_it():
     torch.testing.assert_close(model(x[:, :4]), hidden[:, :4])  # shorter than the block size
 
 
-def test_scores_depend_on_distances_alone():
-    """q at position i and k at position j: the product is that of any other pair as far apart."""
-    T = 9
-    D = 6
-    g = torch.Generator().manual_seed(0)
-    q, k = torch.randn(2, D, dtype=torch.float64, generator=g)
-    cos, sin = rotation(T, D).double()
-    q = rotate(q.expand(1, 1, T, D), cos, sin)[0, 0]  # (T, D), one vector at every position
-    k = rotate(k.expand(1, 1, T, D), cos, sin)[0, 0]
-    scores = q @ k.T
-    torch.testing.assert_close(scores[1:, 1:], scores[:-1, :-1], rtol=1e-5, atol=1e-6)
-    assert (scores[0, 1:] - scores[0, 0]).abs().min() > 1e-3
-    torch.testing.assert_close(q.norm(dim=1), q[0].norm().expand(T))
+def test_positions_count_by_their_distances():
+    """All of them moved by 5 give the same hidden states, two tokens exchanged give others."""
+    model = gpt(GPTConfig(11, 8, 1, 2, 8)).double()
+    for p in model.parameters():
+        p.data *= 10  # so that attention is far from even
+    x = torch.randint(0, 11, (1, 8))
+    hidden = model(x)
+    exchanged = model(x[:, [1, 0, *range(2, 8)]])
+    assert (exchanged - hidden)[0, 7].abs().max() > 1e-3
+    model.rotation = rotation(13, 4)[:, 5:].double()
+    torch.testing.assert_close(model(x), hidden, rtol=1e-5, atol=1e-5)
 
 
 def test_a_new_model_knows_nothing():
