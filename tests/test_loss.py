@@ -166,9 +166,9 @@ def test_a_tokens_alignment_is_a_backward_pass_of_it():
 @pytest.mark.parametrize("masked", [False, True])
 def test_a_sources_alignment_is_that_of_its_gradient(masked):
     """
-    The mean of its learned tokens' alignments is <PG, g_k>, with g_k by a backward pass through the
-    source's mean loss, and by the formula for it: the sum of (p_t - y_t) h_t^T over the source's n_k
-    learned tokens, over n_k.
+    The mean of its learned tokens' alignments is <PG, g_k>. g_k comes from a backward pass through
+    the source's mean loss, and from the formula for it: the mean of (p_t - y_t) h_t^T over the
+    source's learned tokens.
     """
     b = batch(masked)
     learned = b.labels != IGNORE  # (B, T)

@@ -221,8 +221,8 @@ class Quadratic:
 @pytest.mark.parametrize("density", [(1, 1, 1, 1), (1, 0.6, 0.1, 0.4)])
 def test_step_goes_down_the_derivative_of_the_outer_problem(density):
     """
-    dL_val(w*(alpha)) / dalpha_k, by finite differences, is -A_k but for what all sources share. With
-    masks it is -(d_k / M) (A_k - mean), as the docstring says. The step on z is against it.
+    By finite differences dL_val(w*(alpha)) / dalpha_k is -(d_k / M) (A_k - mean). Without masks that
+    is -A_k, but for what all sources share. The step on z is against it.
     """
     density = vector(*density)
     problem = Quadratic(density)

@@ -31,7 +31,7 @@ class Parsed(Exception):
 
 @pytest.mark.parametrize("argv", commands(), ids=" ".join)
 def test_a_command_is_one_that_its_program_takes(argv, monkeypatch):
-    """The program runs up to the end of its parser, which exits with 2 for what it does not know."""
+    """The program runs up to the end of its parser, which exits for what it does not know."""
     parse_args = argparse.ArgumentParser.parse_args
 
     def parse_and_stop(*args, **kw):
