@@ -135,8 +135,9 @@ def test_warnings(here):
 
 def test_seeds(here, capsys):
     """b and c change places between the seeds, a leads in all."""
+    devices = ["auto", "cpu", "cuda"]  # does not matter
     for seed, shares in enumerate([(0.6, 0.1, 0.3), (0.5, 0.3, 0.2), (0.55, 0.25, 0.2)]):
-        write_run(here / f"out-{seed}", dict(zip("abc", shares)), seed=seed, device="cpu" * seed)
+        write_run(here / f"out-{seed}", dict(zip("abc", shares)), seed, device=devices[seed])
     text = plot(capsys, "out-0", "out-1", "out-2")
     assert text.splitlines() == [
         "source       mean share   lowest  highest",
@@ -156,7 +157,6 @@ OTHERS = {
     "a source's text": ({"digests": {"a": "1"}}, True),
     "the target's text": ({"digests": {"t": "1"}}, False),
     "the target": ({"targets": {"u": 1.0}}, False),
-    "weights": ({"targets": {"t": 2.0}}, False),
     "tokens of the evaluation": ({"eval_tokens": 512}, False),
     "the tokenizer": ({"tokenizer": "gpt2"}, False),
 }
@@ -164,7 +164,7 @@ OTHERS = {
 
 @pytest.mark.parametrize("other", OTHERS)
 def test_runs_that_differ_in_more_than_the_seed(here, capsys, other):
-    """Their mixtures are never averaged, and their losses only compared if they are of one text."""
+    """Their mixtures are never averaged; their losses are compared if they are of one text."""
     change, comparable = OTHERS[other]
     write_run(here / "out")
     write_run(here / "other", **{"seed": 2} | change)
@@ -197,7 +197,8 @@ def figures(monkeypatch):
 
 def curves(ax):
     """{colour: y} of the bold curves of axes."""
-    return {line.get_color(): line.get_ydata() for line in ax.get_lines() if line.get_alpha() is None}
+    bold = [line for line in ax.get_lines() if line.get_alpha() is None]
+    return {line.get_color(): line.get_ydata() for line in bold}
 
 
 def labels(fig):
@@ -210,7 +211,7 @@ def test_picture_of_a_run(here, figures):
     write_run(here / "out")
     assert plot_mixture.draw_run("out") == here.joinpath("out", "mixture.png").relative_to(here)
     fig, = figures
-    assert (fig.get_figwidth() * fig.dpi, fig.get_figheight() * fig.dpi) == pytest.approx((1100, 792))
+    assert fig.get_size_inches() * fig.dpi == pytest.approx([1100, 792])
     assert labels(fig) == ["c  0.10", "b  0.30", "a  0.60"]  # as the bands lie
     log = read_log("out")
     shares, losses, alignments = fig.axes
@@ -372,9 +373,9 @@ def test_bad_input(tmp_path, argv, words):
 def test_full_disk(tmp_path):
     """An export that is not written is no success."""
     write_run(tmp_path / "out")
+    argv = [sys.executable, ROOT / "plot_mixture.py", "out", "--export", "hf"]
     with open("/dev/full", "w") as full:
-        process = subprocess.run([sys.executable, ROOT / "plot_mixture.py", "out", "--export", "hf"],
-                                 cwd=tmp_path, stdout=full, stderr=subprocess.PIPE, text=True)
+        process = subprocess.run(argv, cwd=tmp_path, stdout=full, stderr=subprocess.PIPE, text=True)
     assert process.returncode == 2
     assert process.stderr.startswith("error: OSError: [Errno 28] No space left on device")
     assert process.stderr.count("\n") == 1
