@@ -1,0 +1,363 @@
+"""fastmix.py from the command line: what a run writes, how it is resumed, what may disturb it."""
+import base64
+import json
+import math
+import resource
+import shutil
+import signal
+import socket
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from conftest import (TINY, assert_same, chain_set, example_set, log_rows, markov, refused,
+                      result_json, results, run, start, wait_for_step, write_set)
+from model import GPT, GPTConfig
+from prepare_data import IGNORE, TokenSet
+
+BASE = [*TINY, "--sources", "a,b,noise", "--target", "target", "--max_steps", 60]
+SHORT = [*TINY, "--max_steps", 2]
+
+
+@pytest.fixture(scope="module")
+def reference(synthetic):
+    """The folder of a search that nobody disturbed."""
+    run("fastmix.py", *BASE, "--out_dir", "reference", cwd=synthetic)
+    return synthetic / "reference"
+
+
+# ---- what a run writes ---------------------------------------------------------------------------
+
+def test_the_log(reference):
+    rows = log_rows(reference)
+    assert [row["step"] for row in rows] == list(range(0, 61, 5))
+    for row in rows:
+        assert list(row) == ["step", "max_steps", "tokens", "alpha", "alignment", "source_loss",
+                             "train_loss", "target_val_loss", "target_losses"]
+        assert list(row["alpha"]) == ["a", "b", "noise"]
+        assert sum(row["alpha"].values()) == pytest.approx(1)
+        assert row["tokens"] == row["step"] * 8 * 16
+    assert list(rows[0]["alpha"].values()) == pytest.approx([1 / 3] * 3)
+    for key in ("alignment", "source_loss"):  # nothing is measured yet
+        assert rows[0][key] == {"a": None, "b": None, "noise": None}
+    assert rows[-1]["target_val_loss"] < rows[0]["target_val_loss"] - 0.3
+
+
+@pytest.fixture(scope="module")
+def masked(tmp_path_factory):
+    """A search over text and examples, toward two weighted targets, for a longer real run."""
+    folder = tmp_path_factory.mktemp("masked")
+    train, val, test = np.split(markov(1, 8000), [4000, 6000])
+    splits = {"train": train, "val": val, "test": test}
+    write_set(folder / "data" / "text", splits, vocab_size=65)
+    example_set(folder / "data" / "tasks", 3, 2)
+    example_set(folder / "data" / "like_tasks", 3, 2, n=400)
+    run("fastmix.py", *TINY, "--sources", "text,tasks", "--target", "text,like_tasks=3",
+        "--max_steps", 20, "--train_tokens", 20_000, cwd=folder)
+    return folder
+
+
+def test_the_result(masked):
+    result = result_json(masked / "out")
+    sets = {name: TokenSet(masked / "data", name, 16) for name in ("text", "tasks", "like_tasks")}
+    n_tokens = {name: sets[name].n_tokens("train") for name in ("text", "tasks")}
+    mixture = result["mixture"]
+    assert mixture == log_rows(masked / "out")[-1]["alpha"]
+    assert sum(mixture.values()) == pytest.approx(1)
+    assert result["tokens_available"] == n_tokens
+    for name, share in mixture.items():
+        assert result["epochs"][name] == pytest.approx(share * 20_000 / n_tokens[name])
+        assert result["tokens_per_document"][name] == sets[name].tokens_per_document()
+    assert result["target_weights"] == {"text": 0.25, "like_tasks": 0.75}
+    assert result["seconds"] > 0
+    assert result["tokenizer"] == "synthetic"
+    assert result["digests"] == {name: s.digest for name, s in sets.items()}
+    assert result["settings"]["train_tokens"] == 20_000
+    assert {path.name for path in (masked / "out").iterdir()} == {"ckpt.pt", "log.jsonl",
+                                                                  "mixture.json"}
+
+
+def test_losses_are_those_of_the_model_that_is_left(masked):
+    """By another way: all windows of a split at once. Of the examples only responses count."""
+    result = result_json(masked / "out")
+    ckpt = torch.load(masked / "out" / "ckpt.pt", weights_only=True)
+    model = GPT(GPTConfig(**ckpt["config"]))
+    model.load_state_dict(ckpt["model"])
+
+    def loss_of(name, split, max_tokens):
+        chosen = TokenSet(masked / "data", name, 16)
+        x, y = map(torch.from_numpy, chosen.windows(split, chosen.spread(split, max_tokens)))
+        assert (y == IGNORE).any() == (name != "text")
+        with torch.no_grad():
+            logits = model.lm_head(model(x))
+        return F.cross_entropy(logits.flatten(0, 1), y.flatten(), ignore_index=IGNORE).item()
+
+    last = log_rows(masked / "out")[-1]
+    for name, loss in last["target_losses"].items():
+        assert loss == pytest.approx(loss_of(name, "val", 256), rel=1e-5)
+    weighted = np.average(list(last["target_losses"].values()), weights=[0.25, 0.75])
+    assert last["target_val_loss"] == pytest.approx(weighted)
+    for name, loss in result["source_val_loss"].items():
+        assert loss == pytest.approx(loss_of(name, "val", 256), rel=1e-5)
+    for name, loss in result["test_loss"].items():
+        assert loss == pytest.approx(loss_of(name, "test", 2**18), rel=1e-5)
+        # a token is a byte here
+        assert result["test_bits_per_byte"][name] == pytest.approx(loss / math.log(2))
+
+
+def test_shares_of_bytes_hold_for_any_tokenizer(tmp_path):
+    """By one tokenizer "ab" is two tokens, by the other one: other shares of tokens, same bytes."""
+    for name in ("ab", "xy"):
+        records = [json.dumps({"text": f"{i} {40 * name}"}) + "\n" for i in range(300)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(records))
+    tokens = [bytes([i]) for i in range(256)] + [b"ab"]
+    lines = [f"{base64.b64encode(token).decode()} {rank}" for rank, token in enumerate(tokens)]
+    (tmp_path / "merged.tiktoken").write_text("\n".join(lines))
+    found = []
+    for tokenizer in ("bytes", "merged.tiktoken"):
+        data = ["--data_dir", f"data {tokenizer}"]
+        run("prepare_data.py", "ab=ab.jsonl", "xy=xy.jsonl", "--tokenizer", tokenizer, *data,
+            cwd=tmp_path)
+        run("fastmix.py", *SHORT, *data, "--sources", "ab,xy", "--mixture", "proportional",
+            "--out_dir", f"out {tokenizer}", cwd=tmp_path)
+        found.append(result_json(tmp_path / f"out {tokenizer}"))
+    assert found[1]["mixture"]["ab"] < found[0]["mixture"]["ab"] - 0.1
+    assert found[1]["bytes"] == pytest.approx(found[0]["bytes"])
+    assert found[1]["target_weights"] == {"ab": 0.5, "xy": 0.5}  # without --target
+
+
+def test_without_sources_a_run_takes_the_sample(tmp_path):
+    """Those of its sets that are there, toward numpy."""
+    for seed, name in enumerate(("noise", "python", "numpy", "other")):
+        chain_set(tmp_path / "data" / name, seed, n=4000)
+    stdout = run("fastmix.py", *SHORT, cwd=tmp_path, picture=True)
+    assert "sources python,noise; target numpy; mixture searched" in stdout
+    assert (tmp_path / "out" / "mixture.png").stat().st_size > 10_000
+    assert stdout.endswith("drew out/mixture.png\n")
+
+
+# ---- the same run in other forms -----------------------------------------------------------------
+
+def test_looking_more_often_changes_nothing(synthetic, reference):
+    run("fastmix.py", *BASE, "--log_every", 7, "--eval_tokens", 128, "--out_dir", "looked at",
+        cwd=synthetic)
+    assert_same(synthetic / "looked at", reference, with_log=False)
+
+
+def two_processes(*args, cwd):
+    """What torchrun starts, without its own imports of torch."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    env = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    processes = []
+    for rank in ("0", "1"):
+        processes.append(start("fastmix.py", *args, cwd=cwd,
+                               env=env | {"RANK": rank, "LOCAL_RANK": rank}))
+    ended = [process.communicate() for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], ended
+    assert ended[1][0] == ""  # only the first one prints
+    return ended[0][0]
+
+
+def test_two_processes_are_as_one(synthetic):
+    """The same draws, shared; sums in another order, so that rounding differs."""
+    flags = [*BASE, "--max_steps", 20]
+    two_processes(*flags, "--out_dir", "two", cwd=synthetic)
+    run("fastmix.py", *flags, "--out_dir", "one", cwd=synthetic)
+    one = log_rows(synthetic / "one")[-1]
+    two = log_rows(synthetic / "two")[-1]
+    assert one["alpha"]["b"] > 0.5
+    for key in ("alpha", "alignment", "source_loss", "target_losses"):
+        assert two[key] == pytest.approx(one[key], rel=1e-3, abs=1e-5), key
+    assert two["train_loss"] == pytest.approx(one["train_loss"], rel=1e-4)
+    assert two["alpha"] == pytest.approx(one["alpha"], abs=1e-5)
+    result = result_json(synthetic / "two")
+    assert result["test_loss"] == pytest.approx(result_json(synthetic / "one")["test_loss"])
+
+
+def test_batches_that_two_processes_cannot_share(synthetic):
+    """A fixed mixture draws no target sequences, so that one of them is not too few."""
+    flags = [*SHORT, "--sources", "a,b", "--out_dir", "shared"]
+    for flag in (["--batch_size", 7], ["--target_batch_size", 1]):
+        line = refused("fastmix.py", *flags, *flag, cwd=synthetic,
+                       env={"WORLD_SIZE": "2", "RANK": "0"})
+        assert f"{flag[0]} {flag[1]}" in line
+    two_processes(*flags, "--mixture", "uniform", "--target_batch_size", 1, cwd=synthetic)
+
+
+# ---- other starts --------------------------------------------------------------------------------
+
+def test_init_from_takes_the_weights_and_the_size_alone(synthetic, reference):
+    """Mixture, optimizer and steps are new, and the block size may be another one."""
+    flags = ["--init_from", "reference/ckpt.pt", "--device", "cpu", "--sources", "a,b",
+             "--target", "target", "--max_steps", 2, "--eval_tokens", 256, "--learning_rate", 0,
+             "--learning_rate_mixture", 0]
+    run("fastmix.py", *flags, "--block_size", 24, "--out_dir", "still", cwd=synthetic)
+    before = results(reference)[2]
+    after = results(synthetic / "still")[2]
+    weights = [name for name in before if name.endswith(".weight")]
+    assert len(weights) > 5
+    for name in weights:
+        assert torch.equal(before[name], after[name]), name
+    assert after["step"] == 2
+    settings = result_json(synthetic / "still")["settings"]
+    assert (settings["n_embd"], settings["block_size"]) == (32, 24)
+
+
+def test_fixed_mixtures(tmp_path):
+    """uniform, proportional, weights and a file: what is asked is trained, and nothing compared."""
+    for name, n in (("a", 4000), ("b", 12_000)):
+        chain_set(tmp_path / "data" / name, 1, n=n)
+    (tmp_path / "m.json").write_text('{"mixture": {"b": 0.125, "a": 0.875}}')
+    for text, share in (("uniform", 0.5), ("proportional", 0.25), ("a=3,b=1", 0.75), ("b", 0.0),
+                        ("m.json", 0.875)):
+        out = tmp_path / f"out-{text}"
+        run("fastmix.py", *TINY, "--sources", "a,b", "--mixture", text, "--max_steps", 10,
+            "--out_dir", out, cwd=tmp_path)
+        assert result_json(out)["mixture"] == pytest.approx({"a": share, "b": 1 - share})
+        for row in log_rows(out)[1:]:
+            assert row["alpha"] == pytest.approx({"a": share, "b": 1 - share})
+            assert row["alignment"] == {"a": None, "b": None}
+            assert (row["source_loss"]["a"] is None) == (share == 0)
+
+
+def test_a_run_shorter_than_the_real_one_sees_as_much_less_text(tmp_path):
+    """Of 1,000 random tokens a tenth is shown: a run can learn those 100 by heart, not the rest."""
+    ids = np.random.default_rng(0).integers(0, 63, 1000)
+    write_set(tmp_path / "data" / "one", {"train": ids, "val": ids, "test": ids})
+    last = {}
+    for real in (1, 10):
+        run("fastmix.py", *TINY, "--sources", "one", "--mixture", "uniform", "--max_steps", 200,
+            "--learning_rate", 1e-2, "--log_every", 100, "--train_tokens", real * 200 * 8 * 16,
+            "--out_dir", real, cwd=tmp_path)
+        last[real] = log_rows(tmp_path / str(real))[-1]
+    assert last[10]["train_loss"] < last[1]["train_loss"] - 0.5
+    assert last[10]["target_val_loss"] > last[1]["target_val_loss"] + 0.5
+
+
+# ---- stopped and resumed -------------------------------------------------------------------------
+
+def test_killed_and_resumed_is_bit_for_bit_the_same(synthetic, reference):
+    """And while the disk is full a resumed run ends with one line, its checkpoint as it was."""
+    out = synthetic / "killed"
+    process = start("fastmix.py", *BASE, "--out_dir", "killed", cwd=synthetic)
+    wait_for_step(process, out, 25)
+    process.kill()
+    process.communicate()
+    before = (out / "ckpt.pt").read_bytes()
+    line = refused("fastmix.py", "--resume", "--out_dir", "killed", cwd=synthetic,
+                   limit=(resource.RLIMIT_FSIZE, len(before) // 2))
+    assert "cannot write killed/ckpt.pt" in line
+    assert (out / "ckpt.pt").read_bytes() == before
+    assert not list(out.glob("*.partial"))
+
+    run("fastmix.py", "--resume", "--out_dir", "killed", cwd=synthetic)
+    assert_same(out, reference)
+    assert result_json(out)["seconds"] > 0
+
+    # a run that has ended gives its result once more
+    run("fastmix.py", "--resume", "--out_dir", "killed", cwd=synthetic)
+    assert_same(out, reference)
+
+
+def test_ctrl_c_says_how_to_resume(synthetic):
+    out = synthetic / "interrupted"
+    flags = [*BASE, "--max_steps", 10**6, "--out_dir", out.name]
+    process = start("fastmix.py", *flags, cwd=synthetic)
+    wait_for_step(process, out, 10)
+    process.send_signal(signal.SIGINT)
+    stdout, err = process.communicate()
+    assert process.returncode == 130, (stdout, err)
+    assert err == ""
+    assert "--resume" in stdout.splitlines()[-1]
+    assert torch.load(out / "ckpt.pt", weights_only=True)["state"]["step"] >= 10
+    assert not (out / "mixture.json").exists()
+
+
+def test_a_run_that_diverges_keeps_its_last_good_checkpoint(synthetic):
+    line = refused("fastmix.py", *BASE, "--learning_rate", 1e30, "--warmup_steps", 0,
+                   "--grad_clip", "inf", "--out_dir", "hot", cwd=synthetic)
+    assert "no longer finite at step 5;" in line
+    assert "--learning_rate 1e+30" in line
+    ckpt = torch.load(synthetic / "hot" / "ckpt.pt", weights_only=True)
+    assert ckpt["state"]["step"] == 0
+    assert ckpt["model"]["lm_head.weight"].isfinite().all()
+    assert [row["step"] for row in log_rows(synthetic / "hot")] == [0]
+
+
+# ---- one clear line ------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def wrong(synthetic, tmp_path_factory):
+    """The synthetic sets, some that do not go with them, a run in done/, and parts of runs."""
+    folder = tmp_path_factory.mktemp("wrong")
+    shutil.copytree(synthetic / "data", folder / "data")
+    ids = markov(1, 3000)
+    splits = {"train": ids[:1000], "val": ids[1000:2000], "test": ids[2000:]}
+    write_set(folder / "data" / "short", splits | {"val": ids[:16]})  # windows take 17
+    write_set(folder / "data" / "gpt2", splits, tokenizer="gpt2")
+    write_set(folder / "other" / "a", splits)
+    write_set(folder / "other" / "b", splits)
+    run("fastmix.py", *SHORT, "--sources", "a,b", "--out_dir", "done", cwd=folder)
+    for name in ("ckpt.pt", "mixture.json"):
+        (folder / f"only {name}").mkdir()
+        shutil.copy(folder / "done" / name, folder / f"only {name}")
+    (folder / "gpt2.json").write_text('{"mixture": {"a": 1}, "tokenizer": "gpt2"}')
+    return folder
+
+
+AB = ["--sources", "a,b"]
+RESUME = ["--resume", "--out_dir", "done"]
+CASES = {
+    "unknown set": (["--sources", "a,nowhere"], "no set 'nowhere' in data/"),
+    "unknown target": ([*AB, "--target", "nowhere"], "no set 'nowhere' in data/"),
+    "two tokenizers": (["--sources", "a,gpt2"], "'gpt2' was made with the tokenizer gpt2"),
+    "name twice": (["--sources", "a,b,a"], "'a,b,a'"),
+    "weights of sources": (["--sources", "a=2,b=1"], "a=2,b=1"),
+    "weights of 0": ([*AB, "--target", "a=0,b=0"], "'a=0,b=0'"),
+    "negative weight": ([*AB, "--mixture", "a=-1,b=2"], "'a=-1,b=2'"),
+    "endless weight": ([*AB, "--mixture", "a=inf,b"], "'a=inf,b'"),
+    "no weight": ([*AB, "--mixture", "a=much,b"], "'much'"),
+    "unknown source": ([*AB, "--mixture", "c"], "--mixture c names c, but --sources are a, b"),
+    "mixture of other tokens": ([*AB, "--mixture", "gpt2.json"], "gpt2.json", "gpt2"),
+    "no such mixture": ([*AB, "--mixture", "gone.json"], "gone.json"),
+    "no steps": ([*AB, "--max_steps", 0], "--max_steps", "'0'"),
+    "more than all": ([*AB, "--uniform_share", 2], "--uniform_share 2"),
+    "no clip": ([*AB, "--grad_clip", 0], "--grad_clip"),
+    "text too short": (["--sources", "a,short"], "short/val.bin: 16 tokens", "--block_size 16"),
+    "block too long": ([*AB, "--block_size", 5000], "too short for --block_size 5000"),
+    "odd heads": ([*AB, "--n_head", 3], "--n_embd 32", "--n_head 3"),
+    "a run's folder": ([*AB, "--out_dir", "done"], "done/ holds another run"),
+    "a checkpoint's": ([*AB, "--out_dir", "only ckpt.pt"], "only ckpt.pt/ holds another run"),
+    "a result's": ([*AB, "--out_dir", "only mixture.json"], "mixture.json/ holds another run"),
+    "nothing to resume": ([*AB, "--resume"], "nothing to resume/ckpt.pt"),
+    "no checkpoint": ([*AB, "--init_from", "gone.pt"], "gone.pt"),
+    "its tokenizer": (["--sources", "gpt2", "--init_from", "done/ckpt.pt"], "tokenizer synthetic"),
+    "other data": ([*RESUME, "--data_dir", "other"], "the sets in other/"),
+    "other sources": ([*RESUME, "--sources", "a,c"], "done/"),
+    "another order": ([*RESUME, "--sources", "b,a"], "--sources"),
+}
+
+
+def test_one_clear_line(wrong):
+    """Each wrong command gets one, exits with 2, and costs nothing that was there."""
+    def files():
+        return {path: path.stat().st_mtime_ns for path in wrong.rglob("*")}
+
+    def line_of(case):
+        flags, *_ = CASES[case]
+        try:
+            return refused("fastmix.py", *SHORT, "--out_dir", case, *flags, cwd=wrong)
+        except AssertionError as error:
+            raise AssertionError(case) from error
+
+    before = files()
+    with ThreadPoolExecutor(2) as pool:
+        lines = dict(zip(CASES, pool.map(line_of, CASES)))
+    for case, (_, *parts) in CASES.items():
+        for part in parts:
+            assert part in lines[case], (case, lines[case])
+    assert files() == before
