@@ -103,35 +103,37 @@ def test_sample_holds_its_texts(sample):
     for name, units in sets.items():
         share = 0.45 if name in prepare_data.SAMPLE_TARGETS else 0.05
         places = [place_of(unit, 1337) for unit in units]
-        lowest = share
-        highest = 1 - share
+        val_end = share
+        test_start = 1 - share
         if len(units) < 200:
-            lowest = max(lowest, min(places))
-            highest = min(highest, max(places))
-        ids = {split: [] for split in SPLITS}
-        mask = {split: [] for split in SPLITS}
+            val_end = max(val_end, min(places))
+            test_start = min(test_start, max(places))
+        written = {split: [] for split in SPLITS}  # (bytes, learned?)
         before = None
-        for unit, place in zip([*units, None], [*places, None]):
-            if unit is not None:
-                split = "val" if place <= lowest else "test" if place >= highest else "train"
-            if before and (unit is None or unit.starts_document or split != before):
-                ids[before].append(256)
-                mask[before].append(1)
-            if unit is not None:
-                for text, learned in unit.parts:
-                    ids[split] += text.encode()
-                    mask[split] += [learned] * len(text.encode())
+        for unit, place in zip(units, places):
+            split = "val" if place <= val_end else "test" if place >= test_start else "train"
+            if before and (unit.starts_document or split != before):
+                written[before].append((None, True))
+            written[split] += [(text.encode(), learned) for text, learned in unit.parts]
             before = split
+        written[before].append((None, True))
+        meta = meta_of(folder / name)
         for split in SPLITS:
-            found = np.fromfile(folder / name / f"{split}.bin", np.uint16)
-            assert np.array_equal(found, ids[split]), (name, split)
-            if meta_of(folder / name)["masked"]:
+            ids = []
+            mask = []
+            for raw, learned in written[split]:
+                ids.append([256] if raw is None else np.frombuffer(raw, np.uint8))
+                mask.append(np.full(len(ids[-1]), learned))
+            ids = np.concatenate(ids)
+            mask = np.concatenate(mask)
+            assert np.array_equal(np.fromfile(folder / name / f"{split}.bin", np.uint16), ids)
+            if meta["masked"]:
                 found = np.fromfile(folder / name / f"{split}.mask.bin", np.uint8)
-                assert np.array_equal(found, mask[split]), (name, split)
-            counts = meta_of(folder / name)["splits"][split]
-            assert counts["tokens"] == len(ids[split])
-            assert counts["learned"] == sum(mask[split])
-            assert counts["bytes"] == sum(token < 256 for token in ids[split])
+                assert np.array_equal(found, mask)
+            counts = meta["splits"][split]
+            assert counts["tokens"] == len(ids)
+            assert counts["learned"] == mask.sum()
+            assert counts["bytes"] == np.count_nonzero(ids < 256)
 
 
 def test_sample_is_prepared_once(sample, capsys):
@@ -480,8 +482,8 @@ ERRORS = {
     "empty": (["x=empty.txt"], "x: it holds no text"),
     "cut": (["x=cut.txt.gz"], "cannot read cut.txt.gz: Compressed file ended"),
     "too short": (["x=short.txt"], "too little text for three splits"),
-    "no records": (["x=x.txt", "--text_key", "body"], "--text_key is for records"),
-    "the sample's records": (["--split_by", "a"], "--split_by is for records"),
+    "no records": (["x=x.txt", "--text_key", "body"], "x.txt: not records"),
+    "the sample's records": (["--split_by", "a"], "need records; name their files"),
     "one key": (["x=y.jsonl", "--prompt_key", "q"], "go together"),
     "tokenizer": (["x=x.txt", "--tokenizer", "no.tiktoken"], "use --tokenizer bytes"),
     "threads": (["x=x.txt", "--workers", "0"], "max_workers must be greater than 0"),

@@ -255,7 +255,7 @@ def test_values_are_replaced_together(here, capsys):  # noqa: F811
     rows = [{"text": text, "of": "ab"[i % 2]} for i, text in enumerate(corpus(400))]
     write_records(here / "two.jsonl", rows)
     write_records(here / "one.jsonl", [{**row, "of": "a"} for row in rows])
-    write_records(here / "each.jsonl", [{**row, "of": i} for i, row in enumerate(rows)])
+    write_records(here / "each.jsonl", [{**row, "of": i} for i, row in enumerate(rows[:30])])
     prepare("c=two.jsonl", "--split_by", "of")
     assert "data/c exists" in error_of(capsys, prepare, "c=one.jsonl", "--split_by", "of")
     prepare("c=one.jsonl", "--split_by", "of", "--overwrite")
@@ -268,4 +268,4 @@ def test_values_are_replaced_together(here, capsys):  # noqa: F811
 def test_split_by_needs_records(tmp_path):
     (tmp_path / "x.txt").write_text("text")
     line = refused("prepare_data.py", "x=x.txt", "--split_by", "of", cwd=tmp_path)
-    assert "--split_by is for records" in line
+    assert "not records (.jsonl" in line
