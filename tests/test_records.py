@@ -1,4 +1,4 @@
-"""Which files and records prepare_data.py reads, what becomes of them, and what it says about it."""
+"""Which files and records prepare_data.py reads, what becomes of them, and what it says of it."""
 import gzip
 import json
 import os
