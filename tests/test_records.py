@@ -9,8 +9,9 @@ import pytest
 
 from conftest import refused
 from prepare_data import FORMATS, SPLITS, TokenSet, read_record
-from test_prepare import (all_documents, contents, corpus, documents, error_of, here,  # noqa: F401
-                          meta_of, prepare, write_records, write_texts)
+from test_prepare import here  # noqa: F401  a fixture
+from test_prepare import (all_documents, contents, corpus, documents, error_of, meta_of, prepare,
+                          write_records, write_texts)
 
 
 class Args:
@@ -39,7 +40,6 @@ RECORDS = {
     "no prompt": ({"prompt": "", "completion": "b"}, "[b]", []),
     "question, answer": ({"question": "q", "answer": "a", "choices": ["a", "b"]}, "q\n[a]",
                          [(NOT_READ, "choices")]),
-    "context": ({"context": "c", "question": "q", "answer": "a"}, "c\nq\n[a]", []),
     "alpaca": ({"instruction": "i", "input": "x", "output": "o"}, "i\nx\n[o]", []),
     "alpaca without input": ({"instruction": "i", "input": "", "output": "o"}, "i\n[o]", []),
     "history": ({"system": "s", "history": [["q", "a"]], "instruction": "i", "output": "o"},
@@ -54,7 +54,6 @@ RECORDS = {
     "content in parts": ({"messages": [
         message("user", [{"type": "image"}, {"type": "text", "text": "2 + 2?"}]), ANSWER]},
         CHAT, [("objects without a text", "image")]),
-    "messages as prompt and response": ({"prompt": [ASK], "response": [ANSWER]}, CHAT, []),
     "messages as prompt": ({"prompt": [ASK], "completion": "4"}, CHAT, []),
     "an answer in the prompt": ({"prompt": [ASK, ANSWER, ASK], "completion": [ANSWER]},
                                 f"user:\n2 + 2?\nassistant:\n4\n{CHAT}", []),
@@ -100,7 +99,7 @@ def test_records_that_are_refused(record, text):
 
 # ---- a set of examples ---------------------------------------------------------------------------
 
-def test_masks_counts_and_what_is_printed(here, capsys):  # noqa: F811
+def test_masks_counts_and_what_is_printed(here, capsys):
     rows = []
     for i in range(400):
         rows.append({"messages": [message("user", f"what is ☃ {i}?"),
@@ -134,7 +133,7 @@ def test_masks_counts_and_what_is_printed(here, capsys):  # noqa: F811
     assert sorted(found) == sorted((f"what is ☃ {i}?", f"ü {i * i}") for i in range(400))
 
 
-def test_keys_of_the_user(here):  # noqa: F811
+def test_keys_of_the_user(here):
     rows = [{"q": f"q {i}", "a": f"a {i}", "messages": []} for i in range(300)]
     write_records(here / "x.jsonl", rows)
     prepare("pair=x.jsonl", "--prompt_key", "q", "--response_key", "a")
@@ -151,7 +150,7 @@ def pack_zst(data):
 
 
 @pytest.mark.parametrize("ending, pack", [(".gz", gzip.compress), (".zst", pack_zst)])
-def test_packed_files(here, capsys, ending, pack):  # noqa: F811
+def test_packed_files(here, capsys, ending, pack):
     if ending == ".zst":
         pytest.importorskip("pyarrow")
     texts = corpus(300)
@@ -168,7 +167,7 @@ def test_packed_files(here, capsys, ending, pack):  # noqa: F811
     assert "cannot read cut.jsonl" in error_of(capsys, prepare, f"cut=cut.jsonl{ending}")
 
 
-def test_parquet_and_json_hold_the_same_records(here):  # noqa: F811
+def test_parquet_and_json_hold_the_same_records(here):
     """An array, objects over many lines in files of their own, and a table with null."""
     rows = [{"text": text, "n": i} for i, text in enumerate(corpus(250))]
     write_records(here / "lines.ndjson", rows)
@@ -190,7 +189,7 @@ def test_parquet_and_json_hold_the_same_records(here):  # noqa: F811
         assert contents(here / name[:5] / "x") == contents(here / "lines/x"), name
 
 
-def test_a_missing_package_ends_the_program(here, monkeypatch, capsys):  # noqa: F811
+def test_a_missing_package_ends_the_program(here, monkeypatch, capsys):
     """Also in a folder: the file is not bad."""
     (here / "src").mkdir()
     (here / "src/x.jsonl.zst").write_bytes(b"anything")
@@ -198,7 +197,7 @@ def test_a_missing_package_ends_the_program(here, monkeypatch, capsys):  # noqa:
     assert "pip install pyarrow" in error_of(capsys, prepare, "x=src")
 
 
-def test_folders(here, capsys):  # noqa: F811
+def test_folders(here, capsys):
     """What is no text is left out and named with its reason. Links do not run in circles."""
     texts = corpus(250)
     for i, text in enumerate(texts):
@@ -230,7 +229,7 @@ def test_folders(here, capsys):  # noqa: F811
 
 # ---- --split_by ----------------------------------------------------------------------------------
 
-def test_a_set_for_each_value(here, capsys):  # noqa: F811
+def test_a_set_for_each_value(here, capsys):
     """Also of values that are alike, or no good names."""
     values = ["C++", "C#", "漢", "字", "a/b", "..", "web,new=1", 3]
     names = ["C%2B%2B", "C%23", "%E6%BC%A2", "%E5%AD%97", "a%2Fb", "%2E.", "web%2Cnew%3D1", "3"]
@@ -251,7 +250,7 @@ def test_a_set_for_each_value(here, capsys):  # noqa: F811
     assert "not read" not in out
 
 
-def test_values_are_replaced_together(here, capsys):  # noqa: F811
+def test_values_are_replaced_together(here, capsys):
     rows = [{"text": text, "of": "ab"[i % 2]} for i, text in enumerate(corpus(400))]
     write_records(here / "two.jsonl", rows)
     write_records(here / "one.jsonl", [{**row, "of": "a"} for row in rows])
