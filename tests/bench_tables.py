@@ -1,8 +1,8 @@
 """
-Stored runs -> the tables of README and RESULTS in Markdown, and the picture. Runs nothing.
+Stored runs -> the tables of README and RESULTS in Markdown. Trains nothing.
 
     python tests/bench_tables.py
-    python tests/bench_tables.py --results out-bench/more.jsonl --picture out-bench/mixtures.png
+    python tests/bench_tables.py --results out-bench/more.jsonl
 
 Results are {(task, what, seed): Run}. A mixture is judged by its regret, which is how much higher
 a model's test loss is, in %, than at the best fixed mixture known. One run's loss has a noise of
@@ -45,7 +45,6 @@ README_COLUMNS = {  # of README's table, whose rows are tasks
     "FastMix": "FastMix",
     "RegMix 64": "RegMix-style, 64 runs",
 }
-SAMPLE_ROWS = ("FastMix", "ngram", "proportional", "uniform")
 
 
 # ---- stored runs ---------------------------------------------------------------------------------
@@ -99,10 +98,11 @@ def squared_exponential(distances, length, height):
 
 def gaussian_process(x, y, noise):
     """
-    Regression of y (R,) on x (R, D); noise (R,) are the standard deviations of y. Returns predict,
-    which maps (S, D) to (S,), and the leave-one-out error: the rms of how far each y is from its
-    prediction by the others. The kernel's length and height are those of the largest marginal
-    likelihood on a grid.
+    Regression of y (R,) on x (R, D); noise (R,) are the standard deviations of y. The kernel's
+    length and height are those of the largest marginal likelihood on a grid. Returns three things:
+    predict, which maps (S, D) to (S,); the leave-one-out error, the rms of how far each y is from
+    its prediction by the others, noise included; and doubt(a, b), for two (D,), the standard
+    deviation of predict(a) - predict(b).
     """
     mean = y.mean()
     scale = y.std()
@@ -117,15 +117,24 @@ def gaussian_process(x, y, noise):
             likelihood = -weights @ (y - mean) / scale - np.linalg.slogdet(covariance)[1]
             if likelihood > most_likely:
                 most_likely = likelihood
-                best = length, height, weights
+                best = length, height, weights, inverse
                 error = np.sqrt(((weights / np.diag(inverse)) ** 2).mean()) * scale
-    length, height, weights = best
+    length, height, weights, inverse = best
+
+    def kernel(a, b):
+        return squared_exponential(squared_distances(np.atleast_2d(a), b), length, height)
 
     def predict(a):
-        kernel = squared_exponential(squared_distances(np.atleast_2d(a), x), length, height)
-        return mean + scale * kernel @ weights
+        return mean + scale * kernel(a, x) @ weights
 
-    return predict, error
+    def doubt(a, b):
+        both = np.array([a, b])
+        known = kernel(both, x)  # (2, R)
+        covariance = kernel(both, both) - known @ inverse @ known.T
+        variance = covariance[0, 0] + covariance[1, 1] - 2 * covariance[0, 1]
+        return scale * np.sqrt(max(0.0, variance))
+
+    return predict, error, doubt
 
 
 def log_shares(mixtures):
@@ -157,6 +166,7 @@ def seed_effects(by_mixture, seeds):
 class Surface:
     """The test loss as a function of the mixture, of the runs of a task at fixed mixtures."""
     predict: Callable  # mixtures (S, K) -> losses (S,), means over the seeds
+    doubt: Callable  # two mixtures (K,) -> standard deviation of the difference of their losses
     error: float  # leave-one-out, in % of the least loss
     noise: float  # standard deviation of one run, in % of the least loss
     seed_effect: dict  # {seed: how much higher losses are on it}
@@ -182,10 +192,11 @@ def response_surface(by_mixture):
     y = np.array(y)
     near = y < 1.1 * y.min()
     fitted = np.array(list(by_mixture))[near]
-    predict, error = gaussian_process(log_shares(fitted), y[near],
-                                      noise / np.sqrt(np.array(counts)[near]))
-    return Surface(lambda mixtures: predict(log_shares(mixtures)), 100 * error / y.min(),
-                   100 * noise / y.min(), effect, fitted)
+    predict, error, doubt = gaussian_process(log_shares(fitted), y[near],
+                                             noise / np.sqrt(np.array(counts)[near]))
+    return Surface(lambda mixtures: predict(log_shares(mixtures)),
+                   lambda a, b: doubt(log_shares(a), log_shares(b)),
+                   100 * error / y.min(), 100 * noise / y.min(), effect, fitted)
 
 
 # ---- the best fixed mixture known, and regret ----------------------------------------------------
@@ -229,6 +240,11 @@ class Judge:
             return best, mean_loss(best)
         return best, self.whole[best][measured_on]
 
+    def found(self, what, seed):
+        """The Run of a row on a seed; of a search, where none was trained at what it found."""
+        trained = self.results.get((self.task, what, seed))
+        return trained or self.results.get((self.task, f"search {what}", seed))
+
     def regret(self, what):
         """% above the best on each measured seed on which `what` was trained, (S,); S may be 0."""
         values = []
@@ -242,9 +258,7 @@ class Judge:
         """The mean of regret() by the surface, of what was trained at or only found; or NaN."""
         values = []
         for seed in TASKS[self.task].measured_seeds:
-            run = self.results.get((self.task, what, seed))
-            if run is None:
-                run = self.results.get((self.task, f"search {what}", seed))
+            run = self.found(what, seed)
             if run is not None:
                 least = self.surface.predict(self.best(seed)[0])[0]
                 values.append(100 * (self.surface.predict(run.mixture)[0] / least - 1))
@@ -259,16 +273,17 @@ class Judge:
                 f"by {100 * np.ptp(uniform) / uniform.mean():.2f}%; {len(self.tried)} mixtures, "
                 f"{len(self.whole)} of them on all seeds; leave-one-out error of the surface "
                 f"{self.surface.error:.2f}%; noise of a run {self.surface.noise:.2f}%")
+        least = self.surface.predict(mixture)[0]
+        lines = [text]
         for what in ("ngram", "FastMix"):
-            found = {}  # {what was found: the seeds}; the n-grams find one mixture
             for seed in self.seeds:
-                run = self.results.get((self.task, what, seed))
-                run = run or self.results.get((self.task, f"search {what}", seed))
+                run = self.found(what, seed)
                 if run is not None:
-                    found.setdefault(listed(self.task, run.mixture), []).append(str(seed))
-            for mixture, seeds in found.items():
-                text += f"\n    {what} (seed {', '.join(seeds)}): {mixture}"
-        return text
+                    above = 100 * (self.surface.predict(run.mixture)[0] / least - 1)
+                    doubt = 100 * self.surface.doubt(run.mixture, mixture) / least
+                    lines.append(f"    {what} found {listed(self.task, run.mixture)}: "
+                                 f"{above:+.2f} +- {doubt:.2f}% by the surface")
+        return "\n".join(dict.fromkeys(lines))  # the n-grams find the same on each seed
 
 
 def listed(task, mixture):
@@ -339,73 +354,10 @@ def readme_table(judges):
     return "\n".join(lines)
 
 
-def sample_table(results):
-    """Test losses on the sample, by seed, as text."""
-    seeds = TASKS["sample"].seeds
-    lines = [header_of([*(f"seed {seed}" for seed in seeds), "mean"])]
-    for what in SAMPLE_ROWS:
-        losses = [results["sample", what, seed].loss for seed in seeds]
-        lines.append(row_of(ROWS[what], [f"{loss:.3f}" for loss in (*losses, np.mean(losses))]))
-    return "\n".join(lines)
-
-
-# ---- the picture ---------------------------------------------------------------------------------
-
-POINTS = [  # label, colour, marker, how far to the right of others of the same cost, rows
-    ("RegMix-style", "#009E73", "s", 0, [f"RegMix {n}" for n in REGMIX]),
-    ("FastMix", "#0072B2", "o", 0, ["FastMix"]),
-    ("the paper's setting", "#44AA99", "<", 2, ["paper"]),
-    ("DoGE's rule", "#E69F00", "^", 5, ["DoGE"]),
-    ("DoReMi's rule", "#CC79A7", "v", 0, ["DoReMi"]),
-]
-
-
-def draw_task(ax, judge):
-    """One panel: regret against the cost of the search."""
-    for what, style in (("uniform", "--"), ("proportional", ":"), ("ngram", "-.")):
-        ax.axhline(judge.regret(what).mean(), color="#666666", linestyle=style, linewidth=1,
-                   label=what)
-    ax.axhline(0, color="#222222", linewidth=1, label="best fixed mixture known")
-    for label, colour, marker, aside, rows in POINTS:
-        points = []
-        for what in rows:
-            values = judge.regret(what)
-            if len(values):
-                mean = values.mean()
-                x = cost_of(what, judge.task) * (1 + 0.08 * aside)
-                points.append((x, mean, mean - values.min(), values.max() - mean))
-        if points:
-            x, y, below, above = np.array(points).T
-            ax.errorbar(x, y, yerr=(below, above), color=colour, marker=marker, markersize=6,
-                        linewidth=1, capsize=2, label=label)
-    ax.set(title=TASKS[judge.task].title, xlabel="cost of the search (proxy runs)", xscale="log",
-           xlim=(0.8, 90))
-    ticks = [1, 2, 4, 8, 16, 32, 64]
-    ax.set_xticks(ticks, [str(tick) for tick in ticks], minor=False)
-    ax.minorticks_off()
-    ax.spines[["top", "right"]].set_visible(False)
-
-
-def draw(judges, path):
-    """Writes a picture with a panel for each of the tasks that RegMix ran on."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    fig, axes = plt.subplots(2, 2, dpi=110, layout="constrained", figsize=(7.6, 6.8))
-    for ax, judge in zip(axes.flat, judges):
-        draw_task(ax, judge)
-    for ax in axes[:, 0]:
-        ax.set_ylabel("loss above the best, %")
-    handles, labels = axes.flat[0].get_legend_handles_labels()
-    fig.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8, frameon=False)
-    fig.savefig(path)
-
-
 def main():
     p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--results", type=Path, default=STORED, help="lines of runs")
-    p.add_argument("--picture", type=Path, help="draw this file")
     args = p.parse_args()
     results = load(args.results)
     judges = {}
@@ -423,9 +375,6 @@ def main():
         for judge in group.values():
             print(judge.describe())
     print(f"\nREADME's table: means of what was measured\n\n{readme_table(judges)}")
-    print(f"\nthe sample: test loss per token, in nats\n\n{sample_table(results)}")
-    if args.picture:
-        draw([judges[task] for task in ("numpy", "own", "scarce", "half")], args.picture)
 
 
 if __name__ == "__main__":
