@@ -31,7 +31,6 @@ import tempfile
 import zlib
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
-from typing import NamedTuple
 from unittest import mock
 
 # runs are side by side, and figures must not depend on the number of cores
@@ -46,7 +45,7 @@ import fastmix  # noqa: E402
 from bench_methods import (REGMIX, SEARCHES, TASKS, data_of, ngram_mixture, prepare,  # noqa: E402
                            random_mixtures, regmix, rules_of, settings_of, sources_of,
                            sqrt_mixture)
-from bench_tables import STORED, Judge, Run, fixed_runs, line_of, load  # noqa: E402
+from bench_tables import STORED, Judge, Run, fixed_runs, line_of, listed, load  # noqa: E402
 
 # A planned mixture is drawn from the Dirichlet distribution around the best one known: the larger
 # this, the nearer. A share of 0.5 then has a standard deviation of 0.12.
@@ -54,14 +53,6 @@ NEARNESS = 16
 
 
 # ---- one run -------------------------------------------------------------------------------------
-
-class Job(NamedTuple):
-    """A run to be made."""
-    task: str
-    what: str
-    seed: int
-    mixture: object  # K shares, "uniform" or "proportional"; None for a search
-
 
 def train(work, task, seed, out, flags, rules):
     """
@@ -81,36 +72,41 @@ def train(work, task, seed, out, flags, rules):
     return round(float(np.mean(list(result["test_loss"].values()))), 5)
 
 
-def found_by(search, out):
-    """The mixture that a search recommends, K shares, of the folder that it wrote."""
-    rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    if search in ("DoGE", "DoReMi"):  # the average over the run, as both papers take
-        return np.mean([list(row["alpha"].values()) for row in rows], axis=0)
-    return np.array(list(rows[-1]["alpha"].values()))
+def shares_of(out, averaged):
+    """The mixture (K,) at the end of a run, or averaged over it, of the folder that it wrote."""
+    rows = []
+    for line in (out / "log.jsonl").read_text().splitlines():
+        rows.append(list(json.loads(line)["alpha"].values()))
+    if averaged:
+        return np.mean(rows, axis=0)
+    return np.array(rows[-1])
 
 
-def one_run(work, job):
-    """Job -> Run, in a process of the pool."""
+def one_run(work, task, what, seed, mixture):
+    """
+    In a process of the pool: a run at a mixture, K shares or a name, or a search -> Run. `what` is
+    "search NAME" for a search, which has no mixture.
+    """
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(dir=work) as folder:
         out = Path(folder, "out")
-        if job.mixture is None:
-            search = job.what.removeprefix("search ")
-            flags = TASKS[job.task].search_flags
+        flags = {"mixture": mixture}
+        rules = {}
+        if mixture is None:
+            search = what.removeprefix("search ")
+            flags = TASKS[task].search_flags
             reference = Path(folder, "reference")
             if search == "DoReMi":
-                train(work, job.task, job.seed, reference, {**flags, "mixture": "uniform"}, {})
-            loss = train(work, job.task, job.seed, out, flags | SEARCHES[search],
-                         rules_of(search, reference / "ckpt.pt"))
-            mixture = found_by(search, out)
-        else:
-            mixture = job.mixture
-            if not isinstance(mixture, str):
-                pairs = zip(sources_of(job.task), mixture)
-                mixture = ",".join(f"{name}={share:.6f}" for name, share in pairs)
-            loss = train(work, job.task, job.seed, out, {"mixture": mixture}, {})
-            mixture = found_by("fixed", out)
-    return Run([round(share, 5) for share in mixture.tolist()], loss)
+                train(work, task, seed, reference, {**flags, "mixture": "uniform"}, {})
+            rules = rules_of(search, reference / "ckpt.pt")
+            flags = flags | SEARCHES[search]
+        elif not isinstance(mixture, str):
+            pairs = zip(sources_of(task), mixture)
+            flags["mixture"] = ",".join(f"{name}={share:.6f}" for name, share in pairs)
+        loss = train(work, task, seed, out, flags, rules)
+        # the average over the run is what the papers of these two take
+        found = shares_of(out, averaged=what in ("search DoGE", "search DoReMi"))
+    return Run([round(share, 5) for share in found.tolist()], loss)
 
 
 # ---- many runs -----------------------------------------------------------------------------------
@@ -121,12 +117,12 @@ class Runner:
     def __init__(self, args):
         self.args = args
         self.results = load(args.results)
-        self.jobs = {}
+        self.jobs = {}  # {(task, what, seed): mixture}
 
     def add(self, task, what, seed, mixture=None):
         """Asks for a run at a mixture, K shares or a name; with none it is a search."""
         if (task, what, seed) not in self.results:
-            self.jobs[task, what, seed] = Job(task, what, seed, mixture)
+            self.jobs[task, what, seed] = mixture
 
     def add_try(self, task, mixture, seed):
         """Asks for a run at a mixture that has no name, unless there is one on this seed."""
@@ -137,24 +133,25 @@ class Runner:
 
     def run(self):
         """Makes the runs that were asked for. Each result is stored as soon as it is there."""
-        jobs, self.jobs = self.jobs, {}
         context = multiprocessing.get_context("fork")  # so that torch is imported once
         with ProcessPoolExecutor(self.args.jobs, mp_context=context) as pool:
-            pending = {pool.submit(one_run, self.args.work, job): job for job in jobs.values()}
+            pending = {}  # {future: (task, what, seed)}
+            for key, mixture in self.jobs.items():
+                pending[pool.submit(one_run, self.args.work, *key, mixture)] = key
+            self.jobs = {}
             for n, future in enumerate(as_completed(pending), 1):
-                job = pending[future]
+                task, what, seed = pending[future]
                 try:
                     run = future.result()
                 except BaseException:
                     pool.shutdown(cancel_futures=True)
-                    print("failed:", job, file=sys.stderr)
+                    print(f"failed: {task}, {what}, seed {seed}", file=sys.stderr)
                     raise
-                self.results[job.task, job.what, job.seed] = run
+                self.results[task, what, seed] = run
                 with open(self.args.results, "a") as file:
-                    file.write(line_of(job.task, job.what, run.mixture, {job.seed: run.loss}))
-                shares = ", ".join(f"{share:.2f}" for share in run.mixture)
-                print(f"{n}/{len(pending)} {job.task} {job.what}, seed {job.seed}: {run.loss:.4f} "
-                      f"({shares})", flush=True)
+                    file.write(line_of(task, what, run.mixture, {seed: run.loss}))
+                print(f"{n}/{len(pending)} {task} {what}, seed {seed}: {run.loss:.4f} "
+                      f"({listed(task, run.mixture)})", flush=True)
 
 
 # ---- what to run ---------------------------------------------------------------------------------

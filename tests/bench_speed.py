@@ -93,7 +93,8 @@ PLAIN = "`F.cross_entropy`, all logits"
 
 def losses(args):
     """{name: a function that makes one forward and backward pass} of N tokens of K sources."""
-    N, K = args.N, args.K
+    N = args.N
+    K = args.K
     torch.manual_seed(0)
     hidden = torch.randn(K, N // K, args.C, device=args.device, requires_grad=True)
     head = (0.02 * torch.randn(args.V, args.C, device=args.device)).requires_grad_()

@@ -86,13 +86,9 @@ def fixed_runs(results, task):
 
 # ---- the response surface ------------------------------------------------------------------------
 
-def squared_distances(a, b):
-    """(R, D), (S, D) -> (R, S)."""
-    return ((a[:, None] - b[None]) ** 2).sum(-1)
-
-
-def squared_exponential(distances, length, height):
-    """The kernel; the 100 stands for a mean that is not known."""
+def kernel(a, b, length, height):
+    """Squared exponential, (R, D), (S, D) -> (R, S); 100 stands for a mean that is not known."""
+    distances = ((a[:, None] - b[None]) ** 2).sum(-1)
     return height * np.exp(-distances / (2 * length**2)) + 100
 
 
@@ -106,12 +102,10 @@ def gaussian_process(x, y, noise):
     """
     mean = y.mean()
     scale = y.std()
-    distances = squared_distances(x, x)
     most_likely = -np.inf
     for length in (0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0):
         for height in (0.3, 1.0, 3.0, 10.0, 30.0):
-            covariance = squared_exponential(distances, length, height)
-            covariance += np.diag((noise / scale) ** 2)
+            covariance = kernel(x, x, length, height) + np.diag((noise / scale) ** 2)
             inverse = np.linalg.inv(covariance)
             weights = inverse @ ((y - mean) / scale)
             likelihood = -weights @ (y - mean) / scale - np.linalg.slogdet(covariance)[1]
@@ -121,16 +115,13 @@ def gaussian_process(x, y, noise):
                 error = np.sqrt(((weights / np.diag(inverse)) ** 2).mean()) * scale
     length, height, weights, inverse = best
 
-    def kernel(a, b):
-        return squared_exponential(squared_distances(np.atleast_2d(a), b), length, height)
-
     def predict(a):
-        return mean + scale * kernel(a, x) @ weights
+        return mean + scale * kernel(np.atleast_2d(a), x, length, height) @ weights
 
     def doubt(a, b):
         both = np.array([a, b])
-        known = kernel(both, x)  # (2, R)
-        covariance = kernel(both, both) - known @ inverse @ known.T
+        known = kernel(both, x, length, height)  # (2, R)
+        covariance = kernel(both, both, length, height) - known @ inverse @ known.T
         variance = covariance[0, 0] + covariance[1, 1] - 2 * covariance[0, 1]
         return scale * np.sqrt(max(0.0, variance))
 
@@ -233,7 +224,7 @@ class Judge:
         others = [seed for seed in self.seeds if seed != measured_on]
 
         def mean_loss(mixture):
-            return np.mean([self.whole[mixture][seed] for seed in others])
+            return sum(self.whole[mixture][seed] for seed in others) / len(others)
 
         best = min(self.whole, key=mean_loss)
         if measured_on is None:
@@ -262,7 +253,9 @@ class Judge:
             if run is not None:
                 least = self.surface.predict(self.best(seed)[0])[0]
                 values.append(100 * (self.surface.predict(run.mixture)[0] / least - 1))
-        return np.mean(values) if values else np.nan
+        if not values:
+            return np.nan
+        return np.mean(values)
 
     def describe(self):
         """The best fixed mixture, the surface, and what was found, as text."""
@@ -310,13 +303,17 @@ def signed(value):
 
 def cell(values, n_seeds, predicted):
     """Mean (lowest to highest; how many seeds, where not all ran), predicted. Either may miss."""
+    if len(values) == 0 and np.isnan(predicted):
+        return ""
     if len(values) == 0:
-        return "" if np.isnan(predicted) else f"–, {signed(predicted)}"
+        return f"–, {signed(predicted)}"
     notes = []
     if len(values) > 1:
         notes.append(f"{signed(values.min())} to {signed(values.max())}")
-    if len(values) < n_seeds:
-        notes.append("1 seed" if len(values) == 1 else f"{len(values)} seeds")
+    if len(values) == 1 < n_seeds:
+        notes.append("1 seed")
+    elif len(values) < n_seeds:
+        notes.append(f"{len(values)} seeds")
     text = signed(values.mean())
     if notes:
         text += f" ({'; '.join(notes)})"
@@ -354,11 +351,11 @@ def readme_table(judges):
     return "\n".join(lines)
 
 
-def main():
+def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--results", type=Path, default=STORED, help="lines of runs")
-    args = p.parse_args()
+    args = p.parse_args(argv)
     results = load(args.results)
     judges = {}
     for task in TASKS:

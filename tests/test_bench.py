@@ -1,5 +1,5 @@
 """The benches: README's table is what the stored runs give, and a surface finds a minimum."""
-import subprocess
+import itertools
 import sys
 from pathlib import Path
 
@@ -8,24 +8,19 @@ import pytest
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
+import bench_tables  # noqa: E402
 from bench_methods import regmix  # noqa: E402
 from bench_tables import response_surface  # noqa: E402
 
 
-def test_readme_has_the_table_of_the_stored_runs():
-    command = [sys.executable, HERE / "bench_tables.py"]
-    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    printed = printed.splitlines()
+def test_readme_has_the_table_of_the_stored_runs(capsys):
+    bench_tables.main([])
+    printed = capsys.readouterr().out.splitlines()
     readme = (HERE.parent / "README.md").read_text().splitlines()
     start = readme.index(next(line for line in readme if line.startswith("| | uniform |")))
-    rows = []
-    for line in readme[start:]:
-        if not line.startswith("|"):
-            break
-        rows.append(line)
+    rows = list(itertools.takewhile(lambda line: line.startswith("|"), readme[start:]))
     assert len(rows) == 11  # titles, a line, eight tasks and their mean
-    missing = [row for row in rows if row not in printed]
-    assert not missing
+    assert [row for row in rows if row not in printed] == []
 
 
 def quadratic_runs(rng, n):
