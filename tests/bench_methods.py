@@ -7,6 +7,7 @@ function to the losses of runs at fixed mixtures.
 """
 import json
 import shutil
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -299,14 +300,14 @@ def sqrt_mixture(data, names):
     return roots / roots.sum()
 
 
-def ngram_mixture(work, task, out):
-    """The task's mixture by tests/ngram.py, which writes the file `out`, (K,)."""
-    settings = DEFAULTS | settings_of(work, task)
-    argv = ["--out", str(out)]
-    for flag in ("sources", "target", "data_dir", "block_size"):
-        argv += [f"--{flag}", str(settings[flag])]
-    ngram.main(argv)
-    return np.array(list(json.loads(out.read_text())["mixture"].values()))
+def ngram_mixture(work, task):
+    """The task's mixture by tests/ngram.py, (K,)."""
+    it = TASKS[task]
+    with tempfile.TemporaryDirectory(dir=work) as folder:
+        out = Path(folder, "ngram.json")
+        ngram.main(["--sources", it.sources, "--target", it.target, "--out", str(out),
+                    "--data_dir", str(data_of(work, task))])
+        return np.array(list(json.loads(out.read_text())["mixture"].values()))
 
 
 # ---- RegMix --------------------------------------------------------------------------------------

@@ -163,9 +163,8 @@ def add_named(runner, task, seeds):
         if (where, what) == (task, "ngram"):
             by_ngrams = run.mixture
     if by_ngrams is None:
-        work = runner.args.work
         with contextlib.redirect_stdout(io.StringIO()):
-            by_ngrams = ngram_mixture(work, task, work / f"ngram-{task}.json")
+            by_ngrams = ngram_mixture(runner.args.work, task)
     for seed in seeds:
         runner.add(task, "uniform", seed, "uniform")
         runner.add(task, "proportional", seed, "proportional")

@@ -20,7 +20,7 @@ def test_readme_has_the_table_of_the_stored_runs(capsys):
     start = readme.index(next(line for line in readme if line.startswith("| | uniform |")))
     rows = list(itertools.takewhile(lambda line: line.startswith("|"), readme[start:]))
     assert len(rows) == 11  # titles, a line, eight tasks and their mean
-    assert [row for row in rows if row not in printed] == []
+    assert [row for row in rows[2:] if row not in printed] == []
 
 
 def quadratic_runs(rng, n):
