@@ -291,7 +291,7 @@ def test_three_runs_of_one_fixed_mixture(here, capsys, figures):
 
 SHARES = {"tweets": 0.5, "news": 0.3, "books": 0.19998, "noise": 0.00002}
 LENGTHS = {"tweets": 20, "news": 500, "books": 3000, "noise": 100}  # tokens per document
-TRAINERS = ["hf", "megatron", "mosaic", "llamafactory"]
+TRAINERS = ["hf", "megatron"]
 
 
 def exported_probabilities(text, trainer):
@@ -300,12 +300,6 @@ def exported_probabilities(text, trainer):
         words = text.splitlines()[-1].removeprefix("--data-path ").split()
         names = [name.removesuffix("_text_document") for name in words[1::2]]
         return dict(zip(names, map(float, words[::2]), strict=True))
-    if trainer == "mosaic":
-        entry = r'^  "(\w+)":\n    local: "\1"\n    proportion: (\S+)$'
-        return {name: float(p) for name, p in re.findall(entry, text, re.MULTILINE)}
-    if trainer == "llamafactory":
-        names, p = re.findall(r'"(.*)"', text)
-        return dict(zip(names.split(","), map(float, p.split(",")), strict=True))
     return eval(re.search(r"^p = (.*)$", text, re.MULTILINE)[1])
 
 
@@ -319,7 +313,7 @@ def test_tokens_drawn(here, capsys, trainer):
     assert list(p) == ["tweets", "news", "books"]  # noise is too rare
     assert sum(p.values()) == pytest.approx(1, abs=1e-9)
     lengths = dict.fromkeys(LENGTHS, 1024)
-    if trainer in ("hf", "llamafactory"):
+    if trainer == "hf":
         lengths = LENGTHS
     draws = np.random.default_rng(0).choice(len(p), 1_000_000, p=list(p.values()))
     tokens = np.bincount(draws) * [lengths[name] for name in p]
