@@ -46,7 +46,9 @@ class Task:
 
     @property
     def measured_seeds(self):
-        return self.seeds if self.by_surface else self.seeds[1:]
+        if self.by_surface:
+            return self.seeds
+        return self.seeds[1:]
 
 
 SAMPLE = "python,cpp,prose,math,legal,noise"
@@ -105,7 +107,9 @@ def settings_of(work, task):
 # ---- data: the sample, and sets made from it -----------------------------------------------------
 
 def data_of(work, task):
-    return Path(work, "data-bpe" if TASKS[task].size == "bpe" else "data")
+    if TASKS[task].size == "bpe":
+        return Path(work, "data-bpe")
+    return Path(work, "data")
 
 
 def read(data, name, split, part="bin", dtype=np.uint16):
@@ -317,7 +321,9 @@ REGMIX = (8, 16, 32, 64)  # runs of the RegMix-style search
 
 def random_mixtures(task):
     """(64, K), all mixtures as likely; half as many with a BPE vocabulary."""
-    n = REGMIX[-2] if TASKS[task].size == "bpe" else REGMIX[-1]
+    n = 64
+    if TASKS[task].size == "bpe":
+        n = 32
     return np.random.default_rng(0).dirichlet(np.ones(len(sources_of(task))), n)
 
 

@@ -1,8 +1,8 @@
 """
 Time and memory. Each part prints a table of RESULTS.md, in less than 3 minutes on 2 cores.
 
-    python tests/bench_speed.py loss                     V = 50304, C = 384, N = 2048 tokens, K = 6
-    python tests/bench_speed.py loss --V 257 --C 128 --N 1024 --K 64
+    python tests/bench_speed.py loss                     the default model's: N tokens, K sources
+    python tests/bench_speed.py loss --V 50304 --C 384 --N 2048
     python tests/bench_speed.py runs                     the default model: plain, fixed, search
     python tests/bench_speed.py runs --V 50304 --n_layer 4 --n_embd 256 --block_size 128 \\
         --Ks 16 --rounds 3 --steps 4
@@ -12,7 +12,7 @@ Time and memory. Each part prints a table of RESULTS.md, in less than 3 minutes 
 
 On a GPU, with the share of the matmul peak:
 
-    python tests/bench_speed.py loss --device cuda --C 768 --N 8192 --K 16
+    python tests/bench_speed.py loss --device cuda --V 50304 --C 768 --N 8192 --K 16
     python tests/bench_speed.py runs --device cuda --compile --V 50304 --n_layer 12 --n_head 12 \\
         --n_embd 768 --block_size 1024 --batch_size 32 --Ks 4 16 64
 
@@ -71,16 +71,20 @@ def precision(args):
 
 def describe(args):
     """Prints the machine, and returns the FLOP/s of its matrix product, the best of twenty."""
-    cuda = args.device == "cuda"
-    n = 8192 if cuda else 2048
-    a = torch.randn(n, n, device=args.device, dtype=torch.bfloat16 if cuda else torch.float32)
+    machine = f"{platform.machine()} CPU"
+    n = 2048
+    if args.device == "cuda":
+        machine = torch.cuda.get_device_name()
+        n = 8192
+    a = torch.randn(n, n, device=args.device)
+    with precision(args):
+        a = (a @ a).clone()  # in the dtype of a run's products
     seconds = []
     for _ in range(20):
         start = clock(args.device)
-        a @ a
+        a @ a.T
         seconds.append(clock(args.device) - start)
     peak = 2 * n**3 / min(seconds)
-    machine = torch.cuda.get_device_name() if cuda else f"{platform.machine()} CPU"
     print(f"{machine}, {torch.get_num_threads()} threads, torch {torch.__version__}, {a.dtype}; "
           f"matmul peak {peak / 1e12:.2f} TFLOP/s\n")
     return peak
@@ -376,9 +380,9 @@ def main():
     p.add_argument("part", choices=parts)
     p.add_argument("--rounds", type=int, default=5)
     p.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    p.add_argument("--V", type=int, help="token ids (50304 for loss, 257 for runs)")
-    p.add_argument("--C", type=int, default=384, help="channels of the loss (384)")
-    p.add_argument("--N", type=int, default=2048, help="tokens of the loss (2048)")
+    p.add_argument("--V", type=int, default=257, help="token ids (257)")
+    p.add_argument("--C", type=int, default=128, help="channels of the loss (128)")
+    p.add_argument("--N", type=int, default=1024, help="tokens of the loss (1024)")
     p.add_argument("--K", type=int, default=6, help="sources of the loss (6)")
     p.add_argument("--memory_of", type=int, help=argparse.SUPPRESS)
     p.add_argument("--Ks", type=int, nargs="+", default=[4, 16, 64], help="sources of the runs")
@@ -390,8 +394,6 @@ def main():
     p.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     p.add_argument("--mb", type=int, default=50, help="million characters of text (50)")
     args = p.parse_args()
-    if args.V is None:
-        args.V = 50304 if args.part == "loss" else 257
     parts[args.part](args)
 
 

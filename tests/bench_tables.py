@@ -23,6 +23,7 @@ import numpy as np
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 from bench_methods import REGMIX, TASKS, cost_of, sources_of  # noqa: E402
+from prepare_data import fail  # noqa: E402
 
 STORED = HERE / "bench_mixtures.jsonl"
 ROWS = {  # of the tables: {what: title}
@@ -67,7 +68,7 @@ def load(path):
         return results
     for text in Path(path).read_text().splitlines(keepends=True):
         if not text.endswith("\n"):
-            continue  # cut short when the bench was killed
+            continue  # cut short when a bench was killed
         line = json.loads(text)
         for seed, loss in line["losses"].items():
             results[line["task"], line["what"], int(seed)] = Run(line["mixture"], loss)
@@ -170,10 +171,12 @@ class Surface:
 
 def response_surface(by_mixture):
     """
-    {mixture: {seed: loss}} -> Surface, fitted to those within a tenth of the best. At least three
-    mixtures must have run on two seeds or more.
+    {mixture: {seed: loss}} -> Surface, fitted to those within a tenth of the best. Ends the program
+    where too few mixtures ran on several seeds.
     """
-    seeds = sorted({seed for runs in by_mixture.values() for seed in runs})
+    if sum(len(runs) > 1 for runs in by_mixture.values()) < 3:
+        fail("a response surface needs three mixtures that ran on two seeds or more")
+    seeds = sorted(set().union(*by_mixture.values()))
     effect, noise = seed_effects(by_mixture, seeds)
     y = []  # the mean loss at each mixture, without the effects of the seeds that it ran on
     counts = []
@@ -260,10 +263,13 @@ class Judge:
     def describe(self):
         """The best fixed mixture, the surface, and what was found, as text."""
         mixture, loss = self.best()
-        uniform = np.array([self.results[self.task, "uniform", seed].loss for seed in self.seeds])
+        uniform = []
+        for (task, what, _), run in self.results.items():
+            if (task, what) == (self.task, "uniform"):
+                uniform.append(run.loss)
         text = (f"{self.task}: best fixed mixture known {loss:.4f} nats per token "
-                f"({listed(self.task, mixture)}); uniform {uniform.mean():.4f}, its seeds differ "
-                f"by {100 * np.ptp(uniform) / uniform.mean():.2f}%; {len(self.tried)} mixtures, "
+                f"({listed(self.task, mixture)}); uniform {np.mean(uniform):.4f}, its seeds "
+                f"differ by {100 * np.ptp(uniform) / np.mean(uniform):.2f}%; {len(self.tried)} mixtures, "
                 f"{len(self.whole)} of them on all seeds; leave-one-out error of the surface "
                 f"{self.surface.error:.2f}%; noise of a run {self.surface.noise:.2f}%")
         least = self.surface.predict(mixture)[0]
@@ -343,7 +349,9 @@ def readme_table(judges):
             means = []
             for what in README_COLUMNS:
                 values = judge.regret(what)
-                means.append(values.mean() if len(values) else np.nan)
+                means.append(np.nan)
+                if len(values):
+                    means[-1] = values.mean()
             all_means.append(means)
             lines.append(row_of(TASKS[task].title, map(signed, means)))
     means = np.mean(all_means, axis=0)  # NaN where a task has no RegMix
@@ -361,6 +369,8 @@ def main(argv=None):
     for task in TASKS:
         if (task, "uniform", TASKS[task].seeds[0]) in results:
             judges[task] = Judge(results, task)
+    if not judges:
+        fail(f"{args.results} has no runs at uniform shares on the first seed of any task")
     print("% of the loss above the best fixed mixture known: mean over the seeds (lowest to "
           "highest), by the response surface")
     groups = {}

@@ -33,7 +33,9 @@ def quadratic_runs(rng, n):
     runs = {}
     for i, mixture in enumerate(rng.dirichlet([2, 2, 2], n)):
         loss = 2 + 0.5 * ((mixture - best) ** 2).sum()
-        seeds = level if i < 4 else [11 + i % 3]
+        seeds = [11 + i % 3]
+        if i < 4:
+            seeds = level
         runs[tuple(mixture)] = {seed: loss + level[seed] + rng.normal(0, 1e-3) for seed in seeds}
     return runs, best
 
