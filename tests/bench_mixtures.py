@@ -3,17 +3,20 @@ Does the search find the best mixture, and at what price? FastMix against fixed 
 models, a RegMix-style search and the rules of DoGE and DoReMi, by the target's test loss of models
 trained for the same number of steps at the mixture that each recommends.
 
-    python tests/bench_mixtures.py --tasks order                the methods' rows, 20 minutes
-    python tests/bench_mixtures.py --tasks sample --plan 8      mixtures near the best one known
+    python tests/bench_mixtures.py --tasks order             the methods' rows of a task, an hour
+    python tests/bench_mixtures.py --tasks sample --plan 8   mixtures near the best one known
     python tests/bench_mixtures.py --tasks sample --try 0.42,0.01,0.02,0.5,0.03,0.02 --seeds 11,12
-    python tests/bench_tables.py                                the tables, from what is stored
+    python tests/bench_tables.py --results out-bench/results.jsonl          the tables of all that
 
 Every run is fastmix.py itself, in one thread, --jobs at a time. Its result is appended to --results
 at once, and a run whose result is there is not made again: a bench that was stopped goes on when it
 is started again. To make a run anew, delete its line. Seeds are paired: a seed fixes initialisation
-and batches of every method's run. Losses of another machine's text, or by a version that draws
-other batches, are not comparable. Such runs need seeds of their own: at a seed that is new, uniform
-shares and two more mixtures are run first, which tell how much higher losses are there.
+and batches of every method's run.
+
+The runs of RESULTS.md are in tests/bench_mixtures.jsonl. Losses of another machine's text, or by a
+version that draws other batches, are not comparable with them. To add such runs to that file, give
+seeds of their own: at a new seed some known mixtures are run first, which tell how much higher
+losses are there.
 
 The tasks with a BPE vocabulary are left out unless WORK/data-bpe holds the sample with one:
 
@@ -45,7 +48,7 @@ import fastmix  # noqa: E402
 from bench_methods import (REGMIX, SEARCHES, TASKS, data_of, ngram_mixture, prepare,  # noqa: E402
                            random_mixtures, regmix, rules_of, settings_of, sources_of,
                            sqrt_mixture)
-from bench_tables import STORED, Judge, Run, fixed_runs, line_of, listed, load  # noqa: E402
+from bench_tables import Judge, Run, fixed_runs, line_of, listed, load  # noqa: E402
 
 # A planned mixture is drawn from the Dirichlet distribution around the best one known: the larger
 # this, the nearer. A share of 0.5 then has a standard deviation of 0.12.
@@ -266,9 +269,10 @@ def main():
         help="run N new mixtures instead, near the best one known, on --seeds in turn")
     add("--seeds", type=numbers(int), help="of --try and --plan (the task's)")
     add("--work", default="out-bench", type=Path, help="data, and what runs need")
-    add("--results", type=Path, default=STORED, help="lines of runs, to add to")
+    add("--results", type=Path, help="lines of runs, to add to (WORK/results.jsonl)")
     add("--jobs", type=int, default=os.cpu_count(), help="runs side by side")
     args = p.parse_args()
+    args.results = args.results or args.work / "results.jsonl"
     args.work.mkdir(parents=True, exist_ok=True)
     tasks = prepare_all(args.work, args.tasks)
     runner = Runner(args)

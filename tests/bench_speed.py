@@ -208,6 +208,10 @@ def write_sets(folder, K, vocab_size, n_tokens=200_000):
         (path / "meta.json").write_text(json.dumps(meta))
 
 
+def config_of(args):
+    return GPTConfig(args.V, args.block_size, args.n_layer, args.n_head, args.n_embd)
+
+
 class Enough(Exception):
     """Ends a run of fastmix.py that was timed."""
 
@@ -261,10 +265,6 @@ def plain_step(args, folder):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     return (clock(args.device) - start) / args.steps
-
-
-def config_of(args):
-    return GPTConfig(args.V, args.block_size, args.n_layer, args.n_head, args.n_embd)
 
 
 def bench_runs(args):
@@ -322,27 +322,19 @@ def bench_start(args):
 
 # ---- preparation ---------------------------------------------------------------------------------
 
-def pieces(size, n_chars):
-    """Python code on this machine in pieces of so many characters, n_chars in all."""
-    while n_chars > 0:  # from the beginning again, if there is less of it
-        for path in sorted(Path(sysconfig.get_path("stdlib")).rglob("*.py")):
-            text = path.read_text(encoding="utf-8", errors="ignore")
-            for i in range(0, len(text), size):
-                if n_chars > 0:
-                    yield text[i:i + size][:n_chars]
-                n_chars -= min(size, len(text) - i)
-
-
 def write_inputs(folder, n_chars):
-    """The same text as one file, as records, and as examples -> names of the files."""
-    with (open(folder / "text.txt", "w", encoding="utf-8") as text_file,
-          open(folder / "records.jsonl", "w") as records):
-        for text in pieces(2000, n_chars):
-            text_file.write(text)
-            records.write(json.dumps({"text": text}) + "\n")
+    """Python code on this machine as one file, as records, and as examples -> names of the files."""
+    paths = sorted(Path(sysconfig.get_path("stdlib")).rglob("*.py"))
+    text = "".join(path.read_text(encoding="utf-8", errors="ignore") for path in paths)
+    text = (text * (n_chars // len(text) + 1))[:n_chars]
+    (folder / "text.txt").write_text(text, encoding="utf-8")
+    with open(folder / "records.jsonl", "w") as records:
+        for i in range(0, n_chars, 2000):
+            records.write(json.dumps({"text": text[i:i + 2000]}) + "\n")
     with open(folder / "examples.jsonl", "w") as examples:
-        for text in pieces(300, n_chars):
-            examples.write(json.dumps({"prompt": text[:100], "response": text[100:]}) + "\n")
+        for i in range(0, n_chars, 300):
+            pair = {"prompt": text[i:i + 100], "response": text[i + 100:i + 300]}
+            examples.write(json.dumps(pair) + "\n")
     return ["text.txt", "records.jsonl", "examples.jsonl"]
 
 
