@@ -107,9 +107,11 @@ def one_run(work, task, what, seed, mixture):
             pairs = zip(sources_of(task), mixture)
             flags["mixture"] = ",".join(f"{name}={share:.6f}" for name, share in pairs)
         loss = train(work, task, seed, out, flags, rules)
-        # the average over the run is what the papers of these two take
-        found = shares_of(out, averaged=what in ("search DoGE", "search DoReMi"))
-    return Run([round(share, 5) for share in found.tolist()], loss)
+        if mixture is None or isinstance(mixture, str):
+            # the average over the run is what the papers of these two take
+            mixture = shares_of(out, averaged=what in ("search DoGE", "search DoReMi"))
+    # as it was given, if it was: one mixture must be the same on all seeds
+    return Run(np.round(mixture, 5).tolist(), loss)
 
 
 # ---- many runs -----------------------------------------------------------------------------------
@@ -128,8 +130,8 @@ class Runner:
             self.jobs[task, what, seed] = mixture
 
     def add_try(self, task, mixture, seed):
-        """Asks for a run at a mixture that has no name, unless there is one on this seed."""
-        mixture = np.round(mixture / np.sum(mixture), 5).tolist()
+        """Asks for a run at K shares that have no name, unless there is one on this seed."""
+        mixture = np.round(mixture, 5).tolist()
         if seed not in fixed_runs(self.results, task).get(tuple(mixture), {}):
             name = zlib.crc32(str(mixture).encode())
             self.add(task, f"try {name:08x}", seed, mixture)
@@ -285,7 +287,7 @@ def main():
             runner.run()
             for mixture in args.tried:
                 for seed in seeds:
-                    runner.add_try(task, mixture, seed)
+                    runner.add_try(task, np.array(mixture) / sum(mixture), seed)
             runner.run()
             if args.plan:
                 plan(runner, task, args.plan, seeds)

@@ -323,7 +323,7 @@ def bench_start(args):
 # ---- preparation ---------------------------------------------------------------------------------
 
 def write_inputs(folder, n_chars):
-    """Python code on this machine as one file, as records, and as examples -> names of the files."""
+    """Python code on this machine as one file, as records and as examples -> the files' names."""
     paths = sorted(Path(sysconfig.get_path("stdlib")).rglob("*.py"))
     text = "".join(path.read_text(encoding="utf-8", errors="ignore") for path in paths)
     text = (text * (n_chars // len(text) + 1))[:n_chars]

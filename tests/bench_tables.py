@@ -269,8 +269,8 @@ class Judge:
                 uniform.append(run.loss)
         text = (f"{self.task}: best fixed mixture known {loss:.4f} nats per token "
                 f"({listed(self.task, mixture)}); uniform {np.mean(uniform):.4f}, its seeds "
-                f"differ by {100 * np.ptp(uniform) / np.mean(uniform):.2f}%; {len(self.tried)} mixtures, "
-                f"{len(self.whole)} of them on all seeds; leave-one-out error of the surface "
+                f"differ by {100 * np.ptp(uniform) / np.mean(uniform):.2f}%; {len(self.tried)} "
+                f"mixtures, {len(self.whole)} of them on all seeds; leave-one-out error of the surface "
                 f"{self.surface.error:.2f}%; noise of a run {self.surface.noise:.2f}%")
         least = self.surface.predict(mixture)[0]
         lines = [text]
