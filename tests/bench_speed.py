@@ -1,30 +1,35 @@
 """
-Speed and memory of whole training runs: fastmix.py itself against a plain loop, and an outer step
-against K + 1 passes. Prints the tables of RESULTS.md. Needs Linux, for the memory.
+Time and memory. Each part prints a table of RESULTS.md, in less than 3 minutes on 2 cores.
 
-    python tests/bench_speed.py --vocab_sizes 257 --n_layer 2 --n_head 4 --n_embd 128 \\
-        --block_size 64 --rounds 8 --steps 20                  the default model, on 2 CPU cores
-    python tests/bench_speed.py --vocab_sizes 50304 --rounds 3 --steps 4           15 minutes
-    python tests/bench_speed.py --device cuda --dtype bfloat16 --compile --n_layer 12 --n_head 12 \\
-        --n_embd 768 --block_size 1024 --batch_size 32 --vocab_sizes 50304
+    python tests/bench_speed.py loss                     the default model's: N tokens, K sources
+    python tests/bench_speed.py loss --V 50304 --C 384 --N 2048
+    python tests/bench_speed.py runs                     the default model: plain, fixed, search
+    python tests/bench_speed.py runs --V 50304 --n_layer 4 --n_embd 256 --block_size 128 \\
+        --Ks 16 --rounds 3 --steps 4
+    python tests/bench_speed.py start                    seconds from the command to the first step
+    python tests/bench_speed.py prepare                  MB of text per second
+    python tests/bench_speed.py prepare --tokenizer gpt2.tiktoken --mb 20
 
-Time: all variants take turns in one process, round after round. A variant's turn warms up and then
-times its steps one by one (CUDA: together), or two by two where every second is an outer step.
-Tokens/s is from the median over the rounds. A ratio compares two variants within each round, and
-is the median of these pairs, not the ratio of two medians. fastmix.py runs as it is, through its
-own main(), on synthetic token files, without checkpoints and with next to no evaluation. Memory:
-each variant in a process of its own, its peak above what it held before the model was built (CUDA:
-the allocator's peak).
+On a GPU, with the share of the matmul peak:
+
+    python tests/bench_speed.py loss --device cuda --V 50304 --C 768 --N 8192 --K 16
+    python tests/bench_speed.py runs --device cuda --compile --V 50304 --n_layer 12 --n_head 12 \\
+        --n_embd 768 --block_size 1024 --batch_size 32 --Ks 4 16 64
+
+Variants take turns in one process, so that what else the machine does meets all of them. A time is
+the median over the rounds. A ratio compares two variants within each round, and is the median of
+these, not the ratio of two medians. Memory on a CPU needs Linux: each variant in a process of its
+own, its peak above what it held before.
 """
 import argparse
 import contextlib
 import functools
 import io
 import json
-import math
 import platform
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
 from pathlib import Path
@@ -34,14 +39,156 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent), str(HERE)]
 import fastmix  # noqa: E402
-from bench_loss import resident  # noqa: E402
+from bench_methods import forward_flops  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
 
-KS = (4, 16, 64)
-PLAIN = "plain loop"
-MODEL_FLAGS = ("n_layer", "n_head", "n_embd", "block_size", "batch_size", "target_batch_size")
+WARM_UP = 3  # steps or passes that are not counted
+
+
+def clock(device):
+    """Seconds, when all that was asked of the device is done."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def in_turns(variants, rounds):
+    """{name: function that returns seconds} -> {name: its seconds in each round (rounds,)}."""
+    seconds = {name: [] for name in variants}
+    for _ in range(rounds):
+        for name, measure in variants.items():
+            seconds[name].append(measure())
+    return {name: np.array(times) for name, times in seconds.items()}
+
+
+def precision(args):
+    """The autocast of a run: bfloat16 on a GPU, float32 on a CPU."""
+    return torch.autocast(args.device, torch.bfloat16, enabled=args.device == "cuda")
+
+
+def describe(args):
+    """Prints the machine, and returns the FLOP/s of its matrix product, the best of twenty."""
+    machine = f"{platform.machine()} CPU"
+    n = 2048
+    if args.device == "cuda":
+        machine = torch.cuda.get_device_name()
+        n = 8192
+    a = torch.randn(n, n, device=args.device)
+    with precision(args):
+        a = (a @ a).clone()  # in the dtype of a run's products
+    seconds = []
+    for _ in range(20):
+        start = clock(args.device)
+        a @ a.T
+        seconds.append(clock(args.device) - start)
+    peak = 2 * n**3 / min(seconds)
+    print(f"{machine}, {torch.get_num_threads()} threads, torch {torch.__version__}, {a.dtype}; "
+          f"matmul peak {peak / 1e12:.2f} TFLOP/s\n")
+    return peak
+
+
+# ---- the loss ------------------------------------------------------------------------------------
+
+PLAIN = "`F.cross_entropy`, all logits"
+
+
+def losses(args):
+    """{name: a function that makes one forward and backward pass} of N tokens of K sources."""
+    N = args.N
+    K = args.K
+    torch.manual_seed(0)
+    hidden = torch.randn(K, N // K, args.C, device=args.device, requires_grad=True)
+    head = (0.02 * torch.randn(args.V, args.C, device=args.device)).requires_grad_()
+    labels = torch.randint(0, args.V, (K, N // K), device=args.device)
+    weight = torch.full((K,), 1 / N, device=args.device)
+    PG = torch.randn(args.V, args.C, device=args.device)
+
+    def plain_loss(hidden, labels):
+        logits = hidden @ head.T
+        return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="sum") / N
+
+    def plain():
+        plain_loss(hidden, labels).backward()
+
+    def plain_by_source():
+        """The gradient at the head of each source alone, and its product with PG."""
+        before = torch.zeros_like(head)
+        for k in range(K):
+            plain_loss(hidden[k:k + 1], labels[k:k + 1]).backward()
+            (PG * (head.grad - before)).sum()
+            before.copy_(head.grad)
+
+    def fused(PG):
+        fastmix.fused_cross_entropy(hidden, head, labels, weight, PG)[0].backward()
+
+    def one_pass(loss):
+        hidden.grad = None
+        head.grad = None
+        with precision(args):
+            loss()
+
+    found = {PLAIN: plain,
+             f"the same, alignments of {K} sources": plain_by_source,
+             "fused": functools.partial(fused, None),
+             "fused, alignments of all tokens": functools.partial(fused, PG)}
+    return {name: functools.partial(one_pass, loss) for name, loss in found.items()}
+
+
+def resident(name):
+    """MB of resident memory: VmRSS is what is held now, VmHWM its peak (Linux)."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(name):
+            return int(line.split()[1]) / 1024
+    raise ValueError(f"/proc/self/status has no {name}")
+
+
+def peak_memory(args, one_pass):
+    """MB that a pass holds at most, beyond what is held already."""
+    if args.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        one_pass()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    Path("/proc/self/clear_refs").write_text("5")  # starts the peak afresh
+    before = resident("VmRSS")
+    one_pass()
+    return resident("VmHWM") - before
+
+
+def bench_loss(args):
+    passes = losses(args)
+    if args.memory_of is not None:
+        print(peak_memory(args, list(passes.values())[args.memory_of]))
+        return
+    describe(args)
+
+    def timed(one_pass):
+        start = clock(args.device)
+        one_pass()
+        return clock(args.device) - start
+
+    seconds = in_turns({name: functools.partial(timed, p) for name, p in passes.items()},
+                       args.rounds + 1)
+    print(f"| V = {args.V}, C = {args.C}, N = {args.N} | ms | time ratio | peak MB | ratio |\n"
+          "| --- | ---: | ---: | ---: | ---: |")
+    for i, name in enumerate(passes):
+        command = [sys.executable, *sys.argv, "--memory_of", str(i)]
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        peak = float(done.stdout)
+        if name == PLAIN:
+            plain_peak = peak
+        times = seconds[name][1:]  # the first round warms up
+        print(f"| {name} | {1e3 * np.median(times):.2f} | "
+              f"{np.median(times / seconds[PLAIN][1:]):.2f} | {peak:.0f} | "
+              f"{peak / plain_peak:.2f} |", flush=True)
+
+
+# ---- whole runs ----------------------------------------------------------------------------------
+
+MODEL_FLAGS = {"n_layer": 2, "n_head": 4, "n_embd": 128, "block_size": 64, "batch_size": 16}
 
 
 def write_sets(folder, K, vocab_size, n_tokens=200_000):
@@ -49,293 +196,197 @@ def write_sets(folder, K, vocab_size, n_tokens=200_000):
     for k in range(K):
         path = Path(folder, f"s{k}")
         path.mkdir(parents=True)
-        ids = np.random.default_rng(k).integers(0, vocab_size, n_tokens).astype(np.uint16)
-        counts = {}
+        rng = np.random.default_rng(k)
+        splits = {}
         for split in ("train", "val", "test"):
-            ids.tofile(path / f"{split}.bin")
-            counts[split] = {"tokens": n_tokens, "bytes": n_tokens, "documents": 1, "sha256": ""}
-        meta = {"name": f"s{k}", "schema": "text", "tokenizer": "random", "dtype": "uint16",
-                "vocab_size": vocab_size, "eot_token": vocab_size - 1, "splits": counts}
+            rng.integers(0, vocab_size - 1, n_tokens).astype(np.uint16).tofile(
+                path / f"{split}.bin")
+            splits[split] = {"tokens": n_tokens, "learned": n_tokens, "learned_bytes": n_tokens}
+        meta = {"tokenizer": "random", "vocab_size": vocab_size, "eot_token": vocab_size - 1,
+                "dtype": "uint16", "masked": False, "documents": 1, "sha256": path.name,
+                "splits": splits}
         (path / "meta.json").write_text(json.dumps(meta))
 
 
-# ---- the variants --------------------------------------------------------------------------------
-
-def fixed_name(K):
-    return f"fixed mixture, K = {K}"
+def config_of(args):
+    return GPTConfig(args.V, args.block_size, args.n_layer, args.n_head, args.n_embd)
 
 
-def search_name(K):
-    return f"search, K = {K}"
+class Enough(Exception):
+    """Ends a run of fastmix.py that was timed."""
 
 
-def sparse_name(K):
-    """A search whose every second step is an outer step."""
-    return f"search, K = {K}, `--outer_every 2`"
+def fastmix_step(args, folder, K, *flags):
+    """Seconds of a step of fastmix.py: the clock is read when it asks for a learning rate."""
+    last = WARM_UP + args.steps
+    stamps = {}
+    learning_rate_at = fastmix.learning_rate_at
+
+    def timed_learning_rate_at(step, settings):
+        if step in (WARM_UP, last) and step not in stamps:  # a GPU waits only there
+            stamps[step] = clock(args.device)
+        if step == last:
+            raise Enough
+        return learning_rate_at(step, settings)
+
+    argv = ["--data_dir", str(folder), "--sources", ",".join(f"s{k}" for k in range(K)),
+            "--target", "s0", "--max_steps", str(last + 1), "--log_every", "1000000",
+            "--eval_tokens", "1", "--device", args.device, *flags]
+    for flag in MODEL_FLAGS:
+        argv += [f"--{flag}", str(getattr(args, flag))]
+    if args.compile:
+        argv.append("--compile")
+    changes = {"learning_rate_at": timed_learning_rate_at, "save_checkpoint": lambda *_: None}
+    with (tempfile.TemporaryDirectory() as out, mock.patch.multiple(fastmix, **changes),
+          contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(Enough)):
+        fastmix.main([*argv, "--out_dir", out])
+    return (stamps[last] - stamps[WARM_UP]) / args.steps
 
 
-class Bench:
-    """What is timed: each variant is a function of a number of steps -> seconds per step."""
-
-    def __init__(self, args, folder, vocab_size):
-        self.args = args
-        self.folder = folder
-        self.config = GPTConfig(vocab_size, args.block_size, args.n_layer, args.n_head, args.n_embd)
-        self.train = np.memmap(Path(folder, "s0", "train.bin"), dtype=np.uint16, mode="r")
-
-    def variants(self):
-        """{row of the table: function}."""
-        found = {PLAIN: self.plain}
-        for K in KS:
-            fixed = ("--mixture", "uniform")
-            found[fixed_name(K)] = functools.partial(self.fastmix, K, flags=fixed)
-            found[search_name(K)] = functools.partial(self.fastmix, K)
-            found[sparse_name(K)] = functools.partial(self.fastmix, K, every=2)
-        return found
-
-    def batch(self, n):
-        """n random windows, as nanoGPT draws them."""
-        T = self.args.block_size
-        starts = torch.randint(len(self.train) - T - 1, (n,))
-        windows = [self.train[start: start + T + 1] for start in starts]
-        ids = torch.from_numpy(np.stack(windows).astype(np.int64))
-        if self.args.device == "cuda":
-            ids = ids.pin_memory().to("cuda", non_blocking=True)
-        return ids[:, :-1], ids[:, 1:]
-
-    def model(self):
-        """(the GPT, what is called to run it, its optimizer)."""
-        torch.manual_seed(0)
-        net = GPT(self.config).to(self.args.device)
-        optimizer = net.configure_optimizer(1e-3, 0.1, fused=True)
-        model = torch.compile(net) if self.args.compile else net
-        return net, model, optimizer
-
-    def loss(self, model, net, x, y):
-        bfloat16 = self.args.dtype == "bfloat16"
-        with torch.autocast(self.args.device, torch.bfloat16, enabled=bfloat16):
-            logits = model(x) @ net.lm_head.weight.T  # (B, T, V), all held
-            return F.cross_entropy(logits.flatten(0, 1), y.flatten())
-
-    def now(self):
-        if self.args.device == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
-    def stamp(self, step, last):
-        """When a step begins. A GPU is waited for only where timing begins and ends."""
-        if step in (self.args.warmup, last):
-            return self.now()
-        return time.perf_counter()
-
-    def seconds_per_step(self, stamps, every=1):
-        """From the stamps after the warm-up, in groups that hold one outer step each."""
-        taken = np.diff(stamps[self.args.warmup:]).reshape(-1, every).mean(1)
-        if self.args.device == "cuda":  # only the sum is right, because the last step waits
-            return float(np.mean(taken))
-        return float(np.median(taken))
-
-    def plain(self, steps):
-        """A nanoGPT-style loop: one batch, F.cross_entropy on all logits."""
-        net, model, optimizer = self.model()
-        last = self.args.warmup + steps
-        stamps = []
-        for step in range(last):
-            stamps.append(self.stamp(step, last))
-            x, y = self.batch(self.args.batch_size)
-            self.loss(model, net, x, y).backward()
-            torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        stamps.append(self.stamp(last, last))
-        return self.seconds_per_step(stamps)
-
-    def fastmix(self, K, steps, flags=(), every=1):
-        """fastmix.py; the clock is read when it asks for the learning rate of a step."""
-        args = self.args
-        last = args.warmup + steps
-        stamps = []
-        learning_rate_at = fastmix.learning_rate_at
-
-        def timed_learning_rate_at(step, settings):
-            if step == len(stamps):  # it may ask more than once per step
-                stamps.append(self.stamp(step, last))
-            return learning_rate_at(step, settings)
-
-        def nothing(*_):
-            pass
-
-        def empty_checkpoint(path, *_):
-            path.touch()  # without one the run's log would be taken for that of a failed run
-
-        argv = ["--data_dir", str(self.folder), "--sources", ",".join(f"s{k}" for k in range(K)),
-                "--target", "s0", "--max_steps", str(last + 1), "--log_every", str(10**9),
-                "--eval_tokens", "1", "--outer_every", str(every), "--device", args.device,
-                "--dtype", args.dtype, *flags]
-        for flag in MODEL_FLAGS:
-            argv += [f"--{flag}", str(getattr(args, flag))]
-        if args.compile:
-            argv.append("--compile")
-        changes = {"learning_rate_at": timed_learning_rate_at, "TEST_TOKENS": 1,
-                   "save_checkpoint": empty_checkpoint, "draw_run": nothing}
-        with (tempfile.TemporaryDirectory() as out, mock.patch.multiple(fastmix, **changes),
-              contextlib.redirect_stdout(io.StringIO())):
-            fastmix.main([*argv, "--out_dir", out])
-        return self.seconds_per_step(stamps, every)
-
-    def passes(self, K, steps):
-        """
-        Seconds of an outer step made of K + 1 forward and backward passes through the whole model,
-        as in the authors' code, with alignments at the head.
-        """
-        net, model, _ = self.model()
-        head = net.lm_head.weight
-        seconds = []
-        for _ in range(1 + steps):
-            start = self.now()
-            gradients = []
-            for _ in range(K + 1):
-                x, y = self.batch(self.args.target_batch_size)
-                self.loss(model, net, x, y).backward()
-                gradients.append(head.grad)
-                net.zero_grad(set_to_none=True)
-            target = gradients.pop()
-            torch.stack([(target * gradient).sum() for gradient in gradients]).tolist()
-            seconds.append(self.now() - start)
-        return float(np.median(seconds[1:]))  # the first warms up
+def plain_step(args, folder):
+    """Seconds of a step of a loop like nanoGPT's: one batch, F.cross_entropy on all logits."""
+    torch.manual_seed(0)
+    net = GPT(config_of(args)).to(args.device)
+    optimizer = net.configure_optimizer(1e-3, 0.1)
+    model = torch.compile(net) if args.compile else net
+    tokens = np.memmap(Path(folder, "s0", "train.bin"), dtype=np.uint16, mode="r")
+    T = args.block_size
+    for step in range(WARM_UP + args.steps):
+        if step == WARM_UP:
+            start = clock(args.device)
+        places = torch.randint(len(tokens) - T - 1, (args.batch_size,))
+        windows = np.stack([tokens[place: place + T + 1] for place in places])
+        ids = torch.from_numpy(windows.astype(np.int64)).to(args.device)
+        with precision(args):
+            logits = model(ids[:, :-1]) @ net.lm_head.weight.T  # (B, T, V)
+            loss = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return (clock(args.device) - start) / args.steps
 
 
-def matmul_peak(device, dtype, n):
-    """FLOP/s of an n x n matmul, the best of forty."""
-    a = torch.randn(n, n, device=device, dtype=dtype)
-    b = torch.randn(n, n, device=device, dtype=dtype)
-    best = math.inf
-    for _ in range(40):
-        start = time.perf_counter()
-        a @ b
-        if device == "cuda":
-            torch.cuda.synchronize()
-        best = min(best, time.perf_counter() - start)
-    return 2 * n**3 / best
-
-
-# ---- memory --------------------------------------------------------------------------------------
-
-def peak_mb(argv, V, name):
-    """Peak memory of one variant, in a process of its own that measure_memory() runs."""
-    command = [sys.executable, __file__, *argv, "--vocab_sizes", str(V), "--memory_of", name]
-    done = subprocess.run(command, check=True, text=True, capture_output=True)
-    return float(done.stdout.splitlines()[-1])
-
-
-def measure_memory(args):
-    V = args.vocab_sizes[0]
-    args.warmup = 1
+def bench_runs(args):
+    peak = describe(args)
+    args.steps += args.steps % 2  # as many steps with an outer step as without
     with tempfile.TemporaryDirectory() as folder:
-        write_sets(folder, max(KS), V)
-        bench = Bench(args, folder, V)
-        before = resident("VmRSS")
-        bench.variants()[args.memory_of](2)
-        if args.device == "cuda":
-            print(torch.cuda.max_memory_allocated() / 2**20)
-        else:
-            print(resident("VmHWM") - before)
-
-
-# ---- tables --------------------------------------------------------------------------------------
-
-def speed_tables(args, V, argv):
-    """All variants with one vocabulary."""
-    with tempfile.TemporaryDirectory() as folder:
-        write_sets(folder, max(KS), V)
-        bench = Bench(args, folder, V)
-        variants = bench.variants()
-        steps = args.steps or max(3, math.ceil(4 / bench.plain(2)))
-        steps += steps % 2
-        rounds = []  # of {name: seconds per step}
-        for _ in range(args.rounds):
-            rounds.append({name: run(steps) for name, run in variants.items()})
-        passes = {K: bench.passes(K, 3 if K < 64 else 1) for K in KS}
-
-    def seconds(name):
-        return np.array([row[name] for row in rounds])
-
-    tokens = args.batch_size * args.block_size
-    n_params = sum(p.numel() for p in GPT(bench.config).parameters())
-    print(f"\n{n_params:,} parameters, {steps} steps per turn\n")
-    print(f"| V = {V} | tokens/s | × plain | × fixed | peak MB |")
-    print("| --- | --- | --- | --- | --- |")
-    for name in variants:
-        to_plain = np.median(seconds(PLAIN) / seconds(name))
+        write_sets(folder, max(args.Ks), args.V)
+        variants = {"plain loop": functools.partial(plain_step, args, folder)}
+        fixed_of = {}  # {variant: what it is compared with}
+        for K in args.Ks:
+            fixed = f"fixed mixture, K = {K}"
+            rows = {fixed: ("--mixture", "uniform"), f"search, K = {K}": (),
+                    f"search, K = {K}, `--outer_every 2`": ("--outer_every", "2")}
+            for name, flags in rows.items():
+                variants[name] = functools.partial(fastmix_step, args, folder, K, *flags)
+                fixed_of[name] = fixed
+        seconds = in_turns(variants, args.rounds)
+    n_params = sum(p.numel() for p in GPT(config_of(args)).parameters())
+    step_flops = 3 * args.batch_size * args.block_size * forward_flops(config_of(args))
+    print(f"{n_params:,} parameters, {args.rounds} rounds of {args.steps} steps\n\n"
+          f"| V = {args.V} | ms a step | / plain | / fixed | of the peak |\n"
+          "| --- | ---: | ---: | ---: | ---: |")
+    for name, times in seconds.items():
         to_fixed = ""
-        for K in KS:
-            if name in (fixed_name(K), search_name(K), sparse_name(K)):
-                to_fixed = f"{np.median(seconds(fixed_name(K)) / seconds(name)):.2f}"
-        print(f"| {name} | {tokens / np.median(seconds(name)):,.0f} | {to_plain:.2f} | {to_fixed} "
-              f"| {peak_mb(argv, V, name):.0f} |", flush=True)
-    print("\n| seconds of an outer step | here | K + 1 passes | ratio |")
-    print("| --- | --- | --- | --- |")
-    for K in KS:
-        here = np.median(seconds(search_name(K)) - seconds(fixed_name(K)))
-        print(f"| K = {K} | {here:.4f} | {passes[K]:.2f} | {here / passes[K]:.2f} |")
+        if name in fixed_of:
+            to_fixed = f"{np.median(times / seconds[fixed_of[name]]):.3f}"
+        print(f"| {name} | {1e3 * np.median(times):.2f} | "
+              f"{np.median(times / seconds['plain loop']):.3f} | {to_fixed} | "
+              f"{step_flops / np.median(times) / peak:.2f} |")
 
 
-def default_model(args):
-    """What an outer step costs with the default model, in pairs of longer turns."""
-    sizes = {"n_layer": 2, "n_head": 4, "n_embd": 128, "block_size": 64, "batch_size": 16,
-             "target_batch_size": 2, "warmup": 10}
-    args = argparse.Namespace(**vars(args) | sizes)
-    print("\nfastmix.py's default model, V = 257, in pairs of 60 steps")
+# ---- the start -----------------------------------------------------------------------------------
+
+def first_step(folder):
+    """Seconds from the command to the line that reports the first step."""
+    command = [sys.executable, HERE.parent / "fastmix.py", "--data_dir", folder, "--sources",
+               "s0,s1,s2,s3,s4,s5", "--target", "s6", "--log_every", "1", "--device", "cpu",
+               "--out_dir", Path(folder, f"out-{time.time()}")]
+    start = time.perf_counter()
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:
+            if line.split()[:2] == ["step", "1"]:
+                break
+        seconds = time.perf_counter() - start
+        process.kill()
+    return seconds
+
+
+def bench_start(args):
     with tempfile.TemporaryDirectory() as folder:
-        write_sets(folder, max(KS), 257)
-        variants = Bench(args, folder, 257).variants()
-        for K in (4, 64):
-            searches = []
-            fixed = []
-            for _ in range(args.rounds):
-                searches.append(1e3 * variants[search_name(K)](60))
-                fixed.append(1e3 * variants[fixed_name(K)](60))
-            cost = np.median(np.subtract(searches, fixed))
-            ratio = np.median(np.divide(searches, fixed))
-            print(f"K = {K}: an outer step takes {cost:.2f} ms, a search {ratio:.3f} times as long "
-                  "as a fixed mixture", flush=True)
+        write_sets(folder, 7, 257, 3_000_000)  # as large as the sample's
+        seconds = [first_step(folder) for _ in range(args.rounds)]
+    print(f"first step after {np.median(seconds):.2f} s, the median of {args.rounds}")
 
 
-def vocab_sizes(text):
-    return [int(V) for V in text.split(",")]
+# ---- preparation ---------------------------------------------------------------------------------
 
+def write_inputs(folder, n_chars):
+    """Python code on this machine as one file, as records and as examples -> the files' names."""
+    paths = sorted(Path(sysconfig.get_path("stdlib")).rglob("*.py"))
+    text = "".join(path.read_text(encoding="utf-8", errors="ignore") for path in paths)
+    text = (text * (n_chars // len(text) + 1))[:n_chars]
+    (folder / "text.txt").write_text(text, encoding="utf-8")
+    with open(folder / "records.jsonl", "w") as records:
+        for i in range(0, n_chars, 2000):
+            records.write(json.dumps({"text": text[i:i + 2000]}) + "\n")
+    with open(folder / "examples.jsonl", "w") as examples:
+        for i in range(0, n_chars, 300):
+            pair = {"prompt": text[i:i + 100], "response": text[i + 100:i + 300]}
+            examples.write(json.dumps(pair) + "\n")
+    return ["text.txt", "records.jsonl", "examples.jsonl"]
+
+
+def prepare(folder, file, tokenizer, n_threads):
+    """Seconds of the whole program."""
+    command = [sys.executable, HERE.parent / "prepare_data.py", f"x={file}", "--overwrite",
+               "--tokenizer", tokenizer, "--workers", str(n_threads)]
+    start = time.perf_counter()
+    subprocess.run(command, cwd=folder, stdout=subprocess.DEVNULL, check=True)
+    return time.perf_counter() - start
+
+
+def bench_prepare(args):
+    tokenizer = args.tokenizer
+    if tokenizer.endswith(".tiktoken"):
+        tokenizer = str(Path(tokenizer).resolve())
+    print(f"| {args.tokenizer}, {args.mb} MB | threads | MB/s |\n| --- | ---: | ---: |")
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        for file in write_inputs(folder, args.mb * 1_000_000):
+            variants = {}
+            for n_threads in args.threads:
+                variants[n_threads] = functools.partial(prepare, folder, file, tokenizer, n_threads)
+            for n_threads, seconds in in_turns(variants, args.rounds).items():
+                print(f"| {file} | {n_threads} | {args.mb / np.median(seconds):.1f} |", flush=True)
+
+
+# ---- the command line ----------------------------------------------------------------------------
 
 def main():
+    parts = {"loss": bench_loss, "runs": bench_runs, "start": bench_start,
+             "prepare": bench_prepare}
     p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--vocab_sizes", type=vocab_sizes, default=[257])
-    p.add_argument("--rounds", type=int, default=7)
-    p.add_argument("--steps", type=int, default=0, help="timed steps per turn, rounded up to an "
-                   "even number; 0: as many as take about 4 seconds")
-    p.add_argument("--warmup", type=int, default=2)
-    p.add_argument("--device", default="cpu")
-    p.add_argument("--dtype", default="float32")
+    p.add_argument("part", choices=parts)
+    p.add_argument("--rounds", type=int, default=5)
+    p.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    p.add_argument("--V", type=int, default=257, help="token ids (257)")
+    p.add_argument("--C", type=int, default=128, help="channels of the loss (128)")
+    p.add_argument("--N", type=int, default=1024, help="tokens of the loss (1024)")
+    p.add_argument("--K", type=int, default=6, help="sources of the loss (6)")
+    p.add_argument("--memory_of", type=int, help=argparse.SUPPRESS)
+    p.add_argument("--Ks", type=int, nargs="+", default=[4, 16, 64], help="sources of the runs")
+    p.add_argument("--steps", type=int, default=20, help="timed steps per turn (20)")
     p.add_argument("--compile", action="store_true")
-    for flag, default in zip(MODEL_FLAGS, (4, 4, 256, 128, 16, 2)):
+    for flag, default in MODEL_FLAGS.items():
         p.add_argument(f"--{flag}", type=int, default=default)
-    p.add_argument("--memory_of", help=argparse.SUPPRESS)
+    p.add_argument("--tokenizer", default="bytes", help="of prepare: bytes or FILE.tiktoken")
+    p.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    p.add_argument("--mb", type=int, default=50, help="million characters of text (50)")
     args = p.parse_args()
-    if args.memory_of:
-        measure_memory(args)
-        return
-
-    cuda = args.device == "cuda"
-    machine = torch.cuda.get_device_name() if cuda else f"{platform.machine()} CPU"
-    dtype = torch.bfloat16 if args.dtype == "bfloat16" else torch.float32
-    peak = matmul_peak(args.device, dtype, 8192 if cuda else 2048)
-    print(f"{machine}, {torch.get_num_threads()} threads, torch {torch.__version__}, {args.dtype}; "
-          f"matmul peak {peak / 1e12:.3f} TFLOP/s")
-    print(f"{args.n_layer} layers, {args.n_embd} channels, block {args.block_size}, batch "
-          f"{args.batch_size}, target batch {args.target_batch_size}; {args.rounds} rounds")
-    for V in args.vocab_sizes:
-        speed_tables(args, V, sys.argv[1:])
-    if 257 in args.vocab_sizes:
-        default_model(args)
+    parts[args.part](args)
 
 
 if __name__ == "__main__":
