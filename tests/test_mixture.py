@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastmix import (DAMPING, draw, fused_cross_entropy, inverse_curvature, mixture_step,
+from fastmix import (BOUND, DAMPING, draw, fused_cross_entropy, inverse_curvature, mixture_step,
                      target_gradient)
 from prepare_data import IGNORE
 
@@ -221,8 +221,8 @@ class Quadratic:
 @pytest.mark.parametrize("density", [(1, 1, 1, 1), (1, 0.6, 0.1, 0.4)])
 def test_step_goes_down_the_derivative_of_the_outer_problem(density):
     """
-    By finite differences dL_val(w*(alpha)) / dalpha_k is -(d_k / M) (A_k - mean). Without masks that
-    is -A_k, but for what all sources share. The step on z is against it.
+    By finite differences dL_val(w*(alpha)) / dalpha_k is -(d_k / M) (A_k - mean), and without masks
+    -A_k, but for what all sources share. The step on z is against it.
     """
     density = vector(*density)
     problem = Quadratic(density)
@@ -299,6 +299,11 @@ def test_a_rare_large_alignment_counts_for_what_it_is():
     mean_rms = (9 * math.sqrt(0.5) + math.sqrt(200.5)) / 10
     assert (moved[1] - moved[0]).item() == pytest.approx(0.2 * 300 / mean_rms, rel=0.15)
     assert by_own_rms[1] < by_own_rms[0]
+
+
+def test_one_odd_alignment_moves_a_logit_only_so_far():
+    dz = step(vector(0, 0, 0), vector(-1, 0, 1e6), scale=vector(1)[0], n_before=1000)
+    assert dz.abs().max() == 0.2 * BOUND
 
 
 @pytest.mark.parametrize("z, rate", [((0, -200, 1), 0.05), ((0, 0, 0), 1e3), ((30, 0, 30), 1e6)])

