@@ -134,7 +134,9 @@ def test_without_sources_a_run_takes_the_sample(tmp_path):
     for seed, name in enumerate(("noise", "python", "numpy", "other")):
         chain_set(tmp_path / "data" / name, seed, n=4000)
     stdout = run("fastmix.py", *SHORT, cwd=tmp_path, picture=True)
-    assert "sources python,noise; target numpy; mixture searched" in stdout
+    result = result_json(tmp_path / "out")
+    assert list(result["mixture"]) == ["python", "noise"]
+    assert list(result["test_loss"]) == ["numpy"]
     assert (tmp_path / "out" / "mixture.png").stat().st_size > 10_000
     assert stdout.endswith("drew out/mixture.png\n")
 
@@ -159,7 +161,6 @@ def two_processes(*args, cwd):
     ended = [process.communicate() for process in processes]
     assert [process.returncode for process in processes] == [0, 0], ended
     assert ended[1][0] == ""  # only the first one prints
-    return ended[0][0]
 
 
 def test_two_processes_are_as_one(synthetic):
@@ -171,11 +172,10 @@ def test_two_processes_are_as_one(synthetic):
     two = log_rows(synthetic / "two")[-1]
     assert one["alpha"]["b"] > 0.5
     for key in ("alpha", "alignment", "source_loss", "target_losses"):
-        assert two[key] == pytest.approx(one[key], rel=1e-3, abs=1e-5), key
+        assert two[key] == pytest.approx(one[key], rel=1e-5, abs=1e-5), key
     assert two["train_loss"] == pytest.approx(one["train_loss"], rel=1e-4)
-    assert two["alpha"] == pytest.approx(one["alpha"], abs=1e-5)
-    result = result_json(synthetic / "two")
-    assert result["test_loss"] == pytest.approx(result_json(synthetic / "one")["test_loss"])
+    assert result_json(synthetic / "two")["test_loss"] == pytest.approx(
+        result_json(synthetic / "one")["test_loss"], rel=1e-4)
 
 
 def test_batches_that_two_processes_cannot_share(synthetic):
