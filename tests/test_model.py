@@ -1,4 +1,4 @@
-"""model.py: the GPT, its optimizer and learning rate, and checkpoints, whole and damaged."""
+"""model.py: the GPT, its learning rate, and checkpoints, whole and damaged."""
 import math
 import os
 from types import SimpleNamespace
@@ -36,7 +36,7 @@ def test_positions_count_by_their_distances():
     model = gpt(GPTConfig(11, 8, 1, 2, 8)).double()
     for p in model.parameters():
         p.data *= 10  # so that attention is far from even
-    x = torch.randint(0, 11, (1, 8))
+    x = torch.arange(8)[None]
     hidden = model(x)
     exchanged = model(x[:, [1, 0, *range(2, 8)]])
     assert (exchanged - hidden)[0, 7].abs().max() > 1e-3
@@ -60,27 +60,17 @@ def test_torch_compile_takes_the_model_whole():
     assert (found.graph_count, found.graph_break_count) == (1, 0)
 
 
-def test_matrices_and_embeddings_decay_and_gains_do_not():
-    model = gpt()
-    decay, rest = model.configure_optimizer(1e-3, 0.1).param_groups
-    assert (decay["weight_decay"], rest["weight_decay"]) == (0.1, 0.0)
-    assert {p.dim() for p in decay["params"]} == {2}
-    assert {p.dim() for p in rest["params"]} == {1}
-    assert len(decay["params"]) + len(rest["params"]) == len(list(model.parameters()))
-
-
-@pytest.mark.parametrize("warmup_steps", [0, 10, 100])
+@pytest.mark.parametrize("warmup_steps", [0, 10])
 def test_learning_rate_warms_up_and_falls_to_a_tenth(warmup_steps):
     args = SimpleNamespace(learning_rate=2.0, warmup_steps=warmup_steps, max_steps=40)
     rates = [learning_rate_at(step, args) for step in range(41)]
     for step, rate in enumerate(rates[:warmup_steps]):
         assert rate == pytest.approx(2.0 * (step + 1) / (warmup_steps + 1))
     falling = rates[warmup_steps:]
-    if falling:
-        assert falling[0] == 2.0
-        assert falling[len(falling) // 2] == pytest.approx(1.1)
-        assert falling[-1] == pytest.approx(0.2)
-        assert falling == sorted(set(falling), reverse=True)
+    assert falling[0] == 2.0
+    assert falling[len(falling) // 2] == pytest.approx(1.1)
+    assert falling[-1] == pytest.approx(0.2)
+    assert falling == sorted(set(falling), reverse=True)
 
 
 # ---- checkpoints ---------------------------------------------------------------------------------
@@ -128,13 +118,11 @@ class Stranger:
         return os.mkdir, (self.folder,)
 
 
-@pytest.mark.parametrize("what", ["missing", "cut", "text", "a stranger's"])
+@pytest.mark.parametrize("what", ["cut", "text", "a stranger's"])
 def test_a_file_that_is_no_checkpoint_gets_one_line(tmp_path, capsys, what):
     path = tmp_path / "ckpt.pt"
     saved(path)
-    if what == "missing":
-        path.unlink()
-    elif what == "cut":
+    if what == "cut":
         path.write_bytes(path.read_bytes()[:-500])
     elif what == "text":
         path.write_text("no checkpoint\n")
