@@ -67,6 +67,9 @@ def test_loss_and_gradients_equal_autograd(masked):
         assert_equal(found, expected)
     assert not token_loss.requires_grad
     assert not alignment.requires_grad
+    # a head that is not trained passes its gradient on
+    b.head = b.head.detach()
+    assert_equal(torch.autograd.grad(fused(b)[0], b.hidden)[0], gradients[0] / -2.5)
 
 
 def test_a_batch_without_a_learned_token():
