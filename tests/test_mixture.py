@@ -46,11 +46,11 @@ def test_draws_are_unbiased_and_within_one(q, n):
     np.testing.assert_allclose(mean, n * q, atol=1e-12)
 
 
-def test_the_last_point_falls_to_a_source():
-    """At the last offset there is, for sums of q that rounding keeps off a whole number."""
-    for q in (np.full(10, 0.1), np.full(10, 0.7)):
-        source = draw(q, 8, np.nextafter(1.0, 0.0), np.arange(10))
-        assert source[-1] == 9
+def test_the_last_point_falls_to_a_source_with_a_share():
+    """At the last offset there is, which rounding makes 1."""
+    for q in (np.array([0.5, 0.5, 0.0]), np.array([0.0, 0.1, 0.9])):
+        source = draw(q, 8, np.nextafter(1.0, 0.0), np.arange(3))
+        assert (q[source] > 0).all()
 
 
 def test_every_pair_of_sources_meets():

@@ -44,13 +44,13 @@ def write_run(folder, shares=MIXTURE, seed=1, targets={"t": 1.0}, lengths={}, di
         row = {"step": 10 * i, "max_steps": 40, "tokens": 1280 * i,
                "alpha": dict(zip(shares, alpha)), "alignment": dict(zip(shares, alignment)),
                "source_loss": {name: i and 5.0 - i / 4 for name in shares},
-               "train_loss": 4.5, "target_val_loss": 4.0 - i / 4, "target_losses": losses}
+               "target_val_loss": 4.0 - i / 4, "target_losses": losses}
         lines.append(json.dumps(row) + "\n")
     (folder / "log.jsonl").write_text("".join(lines))
     result = {"mixture": shares, "tokens_available": dict.fromkeys(shares, 12345),
               "epochs": {name: 10 * share for name, share in shares.items()},
               "tokens_per_document": dict.fromkeys(shares, 40.0) | lengths,
-              "source_val_loss": dict.fromkeys(shares, 2.5), "target_weights": targets,
+              "target_weights": targets,
               "test_loss": {name: 1.5 + i for i, name in enumerate(targets)},
               "test_bits_per_byte": dict.fromkeys(targets, 3.0), "tokenizer": tokenizer,
               "digests": dict.fromkeys((*shares, *targets), "0") | digests, "settings": settings}
@@ -74,18 +74,18 @@ def plot(capsys, *argv):
 def test_table_of_a_run(here):
     write_run(here / "out", targets={"t": 0.75, "u": 0.25})
     assert result_table("out").splitlines() == [
-        "source               tokens   start   final  epochs  val loss",
-        "a                    12,345   0.333   0.600    6.00     2.500",
-        "b                    12,345   0.333   0.300    3.00     2.500",
-        "c                    12,345   0.333   0.100    1.00     2.500",
+        "source               tokens   start   final  epochs",
+        "a                    12,345   0.333   0.600    6.00",
+        "b                    12,345   0.333   0.300    3.00",
+        "c                    12,345   0.333   0.100    1.00",
         "final: the mixture to use, in shares of tokens",
         "epochs: how often 5,120 tokens at the final mixture read a source",
-        "losses: in nats per learned token",
         "",
         "target        weight  test loss  bits/byte  val before  val after",
         "t              0.750     1.5000     3.0000      4.0000     3.0000",
         "u              0.250     2.5000     3.0000      4.0000     3.0000",
-        "mean                     1.7500"]
+        "mean                     1.7500",
+        "losses: in nats per learned token"]
     write_run(here / "real", train_tokens=25e9)
     table = result_table("real")
     assert "how often 25,000,000,000 tokens at" in table
@@ -110,7 +110,7 @@ def test_a_run_prints_its_table_and_draws(synthetic):
 def test_line_of_progress():
     shares = {"cpp": 0.07, "python": 0.674, "math": 0.156, "prose": 0.1}
     row = {"step": 100, "max_steps": 400, "tokens": 102_400, "target_val_loss": 2.3456,
-           "train_loss": 2.0, "alpha": shares}
+           "alpha": shares}
     line = "step  100  val 2.346  10,240 tok/s  30 s left  python 67% math 16% prose 10% cpp 7%"
     assert len(line) == 83
     assert progress(row, steps_per_second=10) == line[:-7]

@@ -376,10 +376,10 @@ def test_what_a_shorter_run_is_shown(tmp_path):
     chosen = TokenSet(tmp_path, "a", 16)
     chosen.visible = 0.25
     u = np.random.default_rng(0).random(100_000)
-    block = chosen.at_fraction("train", u) * len(chosen.blocks["train"]) // 200_000
+    block = chosen.at_fraction("train", u) * len(chosen.starts["train"]) // 200_000
     shown, counts = np.unique(block, return_counts=True)
     shown = shown[counts > 100]  # a window may begin a token before its block does
-    assert len(shown) / len(chosen.blocks["train"]) == pytest.approx(0.25, abs=0.02)
+    assert len(shown) / len(chosen.starts["train"]) == pytest.approx(0.25, abs=0.02)
     assert shown.min() < 20 and shown.max() > 170
     assert np.ptp(chosen.at_fraction("val", u)) > 0.99 * 100_000
 
@@ -389,11 +389,10 @@ def test_examples_whose_response_is_too_far(tmp_path, capsys):
     mask = [0] * 20 + [1, 1] + [0] * 5 + [1, 1]
     write_set(tmp_path / "a", dict.fromkeys(SPLITS, ids * 99), vocab_size=4,
               masks=dict.fromkeys(SPLITS, mask * 99))
-    load_sets(tmp_path, ["a"], ["a"], 16)
-    out = capsys.readouterr().out
-    assert "a: 99 of 198 examples have no response within --block_size 16" in out
-    line = error_of(capsys, load_sets, tmp_path, ["a"], ["a"], 4)
-    assert "'a' has no response within --block_size 4" in line
+    # windows of 16 begin at a long prompt or at a short one, with 2 learned tokens in all but one
+    assert TokenSet(tmp_path, "a", 16).density("train") == pytest.approx(2 / 16 / 2, abs=0.01)
+    line = error_of(capsys, TokenSet(tmp_path, "a", 4).density, "train")
+    assert "'a' has no response within --block_size 4 in its train split" in line
 
 
 def test_sets_that_do_not_go_together(tmp_path, capsys):

@@ -36,7 +36,7 @@ def test_the_log(reference):
     assert [row["step"] for row in rows] == list(range(0, 61, 5))
     for row in rows:
         assert list(row) == ["step", "max_steps", "tokens", "alpha", "alignment", "source_loss",
-                             "train_loss", "target_val_loss", "target_losses"]
+                             "target_val_loss", "target_losses"]
         assert list(row["alpha"]) == ["a", "b", "noise"]
         assert sum(row["alpha"].values()) == pytest.approx(1)
         assert row["tokens"] == row["step"] * 8 * 16
@@ -100,8 +100,6 @@ def test_losses_are_those_of_the_model_that_is_left(masked):
         assert loss == pytest.approx(loss_of(name, "val", 256), rel=1e-5)
     weighted = np.average(list(last["target_losses"].values()), weights=[0.25, 0.75])
     assert last["target_val_loss"] == pytest.approx(weighted)
-    for name, loss in result["source_val_loss"].items():
-        assert loss == pytest.approx(loss_of(name, "val", 256), rel=1e-5)
     for name, loss in result["test_loss"].items():
         assert loss == pytest.approx(loss_of(name, "test", 2**18), rel=1e-5)
         # a token is a byte here
@@ -173,7 +171,6 @@ def test_two_processes_are_as_one(synthetic):
     assert one["alpha"]["b"] > 0.5
     for key in ("alpha", "alignment", "source_loss", "target_losses"):
         assert two[key] == pytest.approx(one[key], rel=1e-5, abs=1e-5), key
-    assert two["train_loss"] == pytest.approx(one["train_loss"], rel=1e-4)
     assert result_json(synthetic / "two")["test_loss"] == pytest.approx(
         result_json(synthetic / "one")["test_loss"], rel=1e-4)
 
@@ -235,7 +232,7 @@ def test_a_run_shorter_than_the_real_one_sees_as_much_less_text(tmp_path):
             "--learning_rate", 1e-2, "--grad_clip", 0, "--log_every", 100,
             "--train_tokens", real * 200 * 8 * 16, "--out_dir", real, cwd=tmp_path)
         last[real] = log_rows(tmp_path / str(real))[-1]
-    assert last[10]["train_loss"] < last[1]["train_loss"] - 0.5
+    assert last[10]["source_loss"]["one"] < last[1]["source_loss"]["one"] - 0.5
     assert last[10]["target_val_loss"] > last[1]["target_val_loss"] + 0.5
 
 
@@ -274,7 +271,7 @@ def test_ctrl_c_says_how_to_resume(synthetic):
     assert process.returncode == 130, (stdout, err)
     assert err == ""
     assert "--resume" in stdout.splitlines()[-1]
-    assert torch.load(out / "ckpt.pt", weights_only=True)["state"]["step"] >= 10
+    assert torch.load(out / "ckpt.pt", weights_only=True)["state"]["step"] >= 5
     assert not (out / "mixture.json").exists()
 
 
