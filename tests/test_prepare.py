@@ -1,7 +1,6 @@
 """prepare_data.py: from texts to token files and back, splits, and what a run reads of them."""
 import base64
 import collections
-import gzip
 import io
 import itertools
 import json
@@ -13,7 +12,8 @@ import pytest
 
 import prepare_data
 from conftest import chain_set, example_set, refused, run, start, write_set
-from prepare_data import IGNORE, PAGE, SPLITS, WHOLE, TokenSet, load_sets, place_of, text_units
+from prepare_data import (IGNORE, PAGE, SAMPLE_TARGETS, SPLITS, WHOLE, TokenSet, load_sets,
+                          place_units, text_units)
 
 
 @pytest.fixture
@@ -98,34 +98,25 @@ def sample(tmp_path_factory):
 
 
 def test_sample_holds_its_texts(sample):
-    """Each token and each mask, by a plain loop over units."""
+    """Each token, each mask and the counts, by a plain loop over units."""
     folder, sets = sample
     for name, units in sets.items():
-        share = 0.45 if name in prepare_data.SAMPLE_TARGETS else 0.05
-        places = [place_of(unit, 1337) for unit in units]
-        val_end = share
-        test_start = 1 - share
-        if len(units) < 200:
-            val_end = max(val_end, min(places))
-            test_start = min(test_start, max(places))
-        written = {split: [] for split in SPLITS}  # (bytes, learned?)
+        fractions = (0.05, 0.05)
+        if name in SAMPLE_TARGETS:
+            fractions = (0.45, 0.45)
+        written = {split: [] for split in SPLITS}  # (ids, learned?)
         before = None
-        for unit, place in zip(units, places):
-            split = "val" if place <= val_end else "test" if place >= test_start else "train"
+        for unit, split in place_units(units, 1337, fractions):
             if before and (unit.starts_document or split != before):
-                written[before].append((None, True))
-            written[split] += [(text.encode(), learned) for text, learned in unit.parts]
+                written[before].append(([256], True))
+            for text, learned in unit.parts:
+                written[split].append((np.frombuffer(text.encode(), np.uint8), learned))
             before = split
-        written[before].append((None, True))
+        written[before].append(([256], True))
         meta = meta_of(folder / name)
         for split in SPLITS:
-            ids = []
-            mask = []
-            for raw, learned in written[split]:
-                ids.append([256] if raw is None else np.frombuffer(raw, np.uint8))
-                mask.append(np.full(len(ids[-1]), learned))
-            ids = np.concatenate(ids)
-            mask = np.concatenate(mask)
+            ids = np.concatenate([ids for ids, _ in written[split]])
+            mask = np.concatenate([np.full(len(ids), learned) for ids, learned in written[split]])
             assert np.array_equal(np.fromfile(folder / name / f"{split}.bin", np.uint16), ids)
             if meta["masked"]:
                 found = np.fromfile(folder / name / f"{split}.mask.bin", np.uint8)
@@ -136,26 +127,26 @@ def test_sample_holds_its_texts(sample):
             assert counts["bytes"] == np.count_nonzero(ids < 256)
 
 
-def test_sample_is_prepared_once(sample, capsys):
+def test_sample_is_prepared_once(sample, tmp_path, monkeypatch, capsys):
     folder, sets = sample
-    assert list(sets)[-1] == prepare_data.SAMPLE_TARGETS[0]  # what prepare_sample() looks for
+    assert list(sets)[-1] == SAMPLE_TARGETS[0]  # what prepare_sample() looks for
     prepare_data.prepare_sample(folder)
     assert capsys.readouterr().out == ""
     assert prepare_data.sample_sources(folder) == list(prepare_data.SAMPLE_SOURCES)
     # no source holds a target's text
     load_sets(folder, ["python", "describe", "implement"], ["numpy", "numpy_tasks"], 64)
     assert "warning" not in capsys.readouterr().out
-
-
-def test_sample_with_another_tokenizer(sample, tmp_path, monkeypatch, capsys):
-    folder, sets = sample
-    write_tiktoken(tmp_path / "t.tiktoken", [bytes([i]) for i in range(256)])
+    # another tokenizer is not mixed with the one that it was made with
+    write_tiktoken(tmp_path / "t.tiktoken", BYTES)
     monkeypatch.setattr(prepare_data, "sample_sets", lambda seed: sets)
     line = error_of(capsys, prepare, "--data_dir", folder, "--tokenizer", tmp_path / "t.tiktoken")
     assert "was made with the tokenizer bytes" in line
 
 
 # ---- tokens --------------------------------------------------------------------------------------
+
+BYTES = [bytes([i]) for i in range(256)]
+
 
 def write_tiktoken(path, tokens, gap=0):
     """A tokenizer's file. The last rank is so much higher than the one before."""
@@ -165,46 +156,41 @@ def write_tiktoken(path, tokens, gap=0):
     path.write_bytes(b"".join(lines))
 
 
-@pytest.mark.parametrize("n_merged, gap", [(70_000, 0), (300, 5)])
-def test_round_trip_by_a_vocabulary(here, n_merged, gap):
-    """Of 32 bits, and of ranks with a gap."""
-    tokens = [bytes([i]) for i in range(256)] + [b" %05d" % i for i in range(n_merged)]
-    write_tiktoken(here / "t.tiktoken", tokens, gap)
+def test_round_trip_by_a_vocabulary(here):
+    """Of more ids than 16 bits hold, and of ranks with a gap."""
+    tokens = BYTES + [b" %05d" % i for i in range(70_000)]
+    write_tiktoken(here / "t.tiktoken", tokens, gap=5)
     texts = corpus(200) + ["it spells <|endoftext|> as text"]
     write_texts(here / "web.jsonl", texts)
     prepare("web=web.jsonl", "--tokenizer", "t.tiktoken")
     meta = meta_of(here / "data/web")
-    assert meta["vocab_size"] == 256 + n_merged + gap + 1
-    assert meta["eot_token"] == 256 + n_merged + gap
-    assert meta["dtype"] == ("uint32" if n_merged == 70_000 else "uint16")
+    assert meta["vocab_size"] == meta["eot_token"] + 1 == 256 + 70_000 + 5 + 1
+    assert meta["dtype"] == "uint32"
     tokenizer = prepare_data.get_tokenizer("t.tiktoken")
     assert meta["tokenizer"] == tokenizer.name
     assert all_documents(here / "data/web", tokenizer) == sorted(texts)
     # another file of this name is another tokenizer
-    write_tiktoken(here / "t.tiktoken", tokens[:-1], gap)
+    write_tiktoken(here / "t.tiktoken", tokens)
     assert prepare_data.get_tokenizer("t.tiktoken").name != tokenizer.name
 
 
-def test_files_do_not_depend_on_the_number_of_threads(here, monkeypatch):
+@pytest.mark.parametrize("flags", [["x=text.jsonl"], ["x=qa.jsonl", "--split_by", "of"]])
+def test_files_do_not_depend_on_the_number_of_threads(here, monkeypatch, flags):
     monkeypatch.setattr(prepare_data, "BATCH", 5000)
-    tokens = [bytes([i]) for i in range(256)] + [b" 1", b" 12", b"00", b"ment"]
-    write_tiktoken(here / "t.tiktoken", tokens)
+    write_tiktoken(here / "t.tiktoken", BYTES + [b" 1", b" 12", b"00", b"ment"])
     texts = corpus(300, words=300)
     write_texts(here / "text.jsonl", [*texts, "".join(texts)])
     pairs = [{"prompt": text[:50], "response": text[50:], "of": text[13]} for text in texts]
     write_records(here / "qa.jsonl", pairs)
-    for tokenizer in ("bytes", "t.tiktoken"):
-        for source, *flags in (["text"], ["qa"], ["qa", "--split_by", "of"]):
-            found = []
-            for workers in (1, 2, 7):
-                prepare(f"x={source}.jsonl", "--workers", workers, "--tokenizer", tokenizer,
-                        "--overwrite", *flags)
-                files = [path for path in (here / "data/x").rglob("*") if path.is_file()]
-                found.append({path: path.read_bytes() for path in files})
-            assert found[0] == found[1] == found[2]
+    found = []
+    for workers in (1, 2, 7):
+        prepare(*flags, "--workers", workers, "--tokenizer", "t.tiktoken", "--overwrite")
+        files = [path for path in (here / "data/x").rglob("*") if path.is_file()]
+        found.append({path: path.read_bytes() for path in files})
+    assert found[0] == found[1] == found[2]
 
 
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", range(20))
 def test_pages_lose_nothing(seed):
     """Lines of many lengths, also those with which a page ends as far away as it may."""
     rng = np.random.default_rng(seed)
@@ -212,67 +198,59 @@ def test_pages_lose_nothing(seed):
     if seed % 2:
         lengths = rng.choice([1, PAGE - 1, PAGE, PAGE + 1, 2 * PAGE - 1, 2 * PAGE], 60)
     text = "".join("a" * (n - 1) + "\n" for n in lengths)
-    text = text[:rng.integers(len(text) // 2, len(text))]
-    for end in (len(text), WHOLE, WHOLE + 1, 12 * PAGE):
+    for end in (WHOLE, WHOLE + 1, rng.integers(12 * PAGE, len(text))):
         units = list(text_units("x", io.StringIO(text[:end])))
         pages = [unit.parts[0][0] for unit in units]
         assert "".join(pages) == text[:end]
         assert [unit.starts_document for unit in units] == [True] + [False] * (len(units) - 1)
-        if end <= WHOLE:
-            assert len(pages) == 1
-        else:
-            assert all(PAGE <= len(page) <= 2 * PAGE for page in pages[:-1])
+        assert (len(pages) == 1) == (end == WHOLE)
+        assert all(PAGE <= len(page) <= 2 * PAGE for page in pages[:-1])
 
 
 # ---- splits --------------------------------------------------------------------------------------
 
 def test_a_text_goes_to_one_split_in_whatever_dress_and_set(here):
-    """Sets of 120, 400 and 2,000 of the same documents with other line ends, indentation or a byte
-    order mark, some of them twice; and a book alone and among others. Their sizes are right."""
+    """
+    Sets of 2,000 and of 400 documents that differ in line ends and indentation, and some of which
+    are there twice; and a book alone and among others.
+    """
     texts = [f"{text}    and\n\tmore\n" for text in corpus(2000)]
+    dressed = [text.replace("\n", "\r\n").replace("    ", "\t") for text in texts[:400]]
     book = "".join(corpus(900, seed=1, words=99))
     write_texts(here / "large.jsonl", texts)
-    write_texts(here / "crlf.jsonl", [text.replace("\n", "\r\n") for text in texts[:400]])
-    write_texts(here / "tabs.jsonl", [text.replace("    ", "\t") for text in texts[:120]] * 2)
+    write_texts(here / "dressed.jsonl", dressed + texts[:120])
     write_texts(here / "books.jsonl", [book, *texts[:400]])
-    (here / "marked").mkdir()
-    for i, text in enumerate(texts[:250]):
-        (here / f"marked/{i}.txt").write_text("\ufeff" + text.strip())
-    (here / "book.txt").write_text(book)
-    prepare("large=large.jsonl", "crlf=crlf.jsonl", "tabs=tabs.jsonl", "books=books.jsonl",
-            "marked=marked", "book=book.txt")
+    (here / "book.txt").write_text("\ufeff" + book)  # with a byte order mark
+    (here / "few.txt").write_text(book[:40_000])  # nine pages
+    names = ("large.jsonl", "dressed.jsonl", "books.jsonl", "book.txt", "few.txt")
+    prepare(*(f"{name.partition('.')[0]}={name}" for name in names))
     found = {}
-    for name in ("large", "crlf", "tabs", "books", "marked", "book"):
+    for name in ("large", "dressed", "books", "book"):
         for split in SPLITS:
-            texts = documents(here / "data" / name, split)
-            assert texts
-            found[name, split] = {"".join(text.split()) for text in texts}
+            pages = documents(here / "data" / name, split)
+            found[name, split] = {"".join(page.split()) for page in pages}
     for one, other in itertools.product(found, repeat=2):
         if one[1] != other[1]:
             assert not found[one] & found[other], (one, other)
     assert found["book", "train"] <= found["books", "train"]
-    assert found["marked", "train"] <= found["large", "train"]
-    (here / "few.txt").write_text(book[:40_000])  # nine pages: val and test get one at least
-    prepare("few=few.txt")
     for split in ("val", "test"):
         assert 60 < len(found["large", split]) < 140  # of 2,000, four standard deviations
-    lines = "".join("".join(documents(here / "data/book", split)) for split in SPLITS).splitlines()
+        assert documents(here / "data/few", split)  # of a few one goes there at least
+    lines = "".join(all_documents(here / "data/book")).splitlines()
     assert sorted(lines) == sorted(book.splitlines())  # each whole, in one split
 
 
-def test_responses_to_one_prompt_stay_together(here, capsys):
+def test_responses_to_one_prompt_stay_together(here):
     rows = [{"prompt": f"say {i}", "response": f"{i}, {j}"} for i in range(300) for j in range(8)]
     write_records(here / "qa.jsonl", rows)
     prepare("qa=qa.jsonl")
-    prompts = {}
+    n_prompts = 0
     for split in SPLITS:
         texts = documents(here / "data/qa", split)
-        prompts[split] = collections.Counter(text.partition("\n")[0] for text in texts)
-        assert set(prompts[split].values()) == {8}
-    assert sum(map(len, prompts.values())) == 300
-    write_records(here / "one.jsonl", [{**row, "prompt": "say"} for row in rows])
-    line = error_of(capsys, prepare, "one=one.jsonl")
-    assert "2,400 documents" in line and "more different prompts" in line
+        counts = collections.Counter(text.partition("\n")[0] for text in texts)
+        assert set(counts.values()) == {8}
+        n_prompts += len(counts)
+    assert n_prompts == 300
 
 
 # ---- shared text ---------------------------------------------------------------------------------
@@ -291,29 +269,20 @@ def test_shared_text_is_found(here, capsys):
     """By another seed 90% of a text's val and test are in train. 0.1 less is a good estimate."""
     plain = corpus(800)
     write_texts(here / "plain.jsonl", plain)
-    write_texts(here / "crlf.jsonl", [text.replace("\n", "\r\n") for text in plain])
     write_texts(here / "spaced.jsonl", [text.replace(" ", "\n    ") for text in plain])
     write_texts(here / "header.jsonl", ["# by somebody\n" + text for text in plain])
     write_texts(here / "half.jsonl", plain[:400] + corpus(400, seed=1))
     write_texts(here / "none.jsonl", corpus(800, seed=2))
+    write_texts(here / "short.jsonl", [f"{i}^2 = {i * i}" for i in range(1000)])
     (here / "book.txt").write_text("".join(plain))
-    pairs = [(f"what is {text[13:60]}?", text[60:]) for text in plain]
-    short = [(f"what is {i}?", f"it is {i * i}") for i in range(1000)]
-    write_records(here / "alpaca.jsonl", [{"instruction": a, "output": b} for a, b in pairs])
-    write_records(here / "chat.jsonl", [{"messages": [{"role": "user", "content": a},
-                                                      {"role": "assistant", "content": b}]}
-                                        for a, b in pairs])
-    write_records(here / "short.jsonl", [{"question": a, "answer": b} for a, b in short])
-    prepare("plain=plain.jsonl", "alpaca=alpaca.jsonl", "short=short.jsonl")
-    others = ("plain", "crlf", "spaced", "header", "half", "none", "alpaca", "chat", "short")
+    prepare("plain=plain.jsonl", "short=short.jsonl")
+    others = ("plain", "spaced", "header", "half", "none", "short")
     prepare(*(f"{name}2={name}.jsonl" for name in others), "book=book.txt", "--seed", 5)
-    for name in ("plain2", "crlf2", "spaced2", "header2", "half2", "book"):
+    for name in ("plain2", "spaced2", "header2", "half2", "book"):
         right = 0.45 if name == "half2" else 0.9
         assert right - 0.12 < share_found(capsys, "plain", name) < right + 0.08, name
-    assert share_found(capsys, "alpaca", "chat2") > 0.5
     assert share_found(capsys, "short", "short2") > 0.8
     assert share_found(capsys, "plain", "none2") == 0
-    assert share_found(capsys, "plain", "short2") == 0
     assert share_found(capsys, "plain", "plain") == 0
 
 
@@ -330,8 +299,6 @@ def test_windows_of_text(tmp_path):
     for i, first in enumerate(start):
         assert x[i].tolist() == ring[first:first + 16]
         assert y[i].tolist() == ring[first + 1:first + 17]
-    assert chosen.density("train") == 1
-    assert len(chosen.spread("val", 10**9)) == (1000 - 1) // 16  # all that there are
     assert len(chosen.spread("val", 160)) == 10
 
 
@@ -343,21 +310,22 @@ def test_windows_of_examples(tmp_path):
     ids = np.fromfile(tmp_path / "a/val.bin", np.uint16).tolist()
     mask = np.fromfile(tmp_path / "a/val.mask.bin", np.uint8).tolist()
     starts = [0] + [i + 1 for i, token in enumerate(ids) if token == 64][:-1]
-    rows = []
+    inputs = []
+    targets = []
     for start in starts:
         ring = [(start + i) % len(ids) for i in range(T + 1)]
-        targets = [ids[i] if mask[i] else IGNORE for i in ring[1:]]
-        rows.append(([ids[i] for i in ring[:-1]], targets))
+        inputs.append([ids[i] for i in ring[:-1]])
+        targets.append([ids[i] if mask[i] else IGNORE for i in ring[1:]])
     x, y = chosen.windows("val", np.array(starts))
-    assert x.tolist() == [row[0] for row in rows]
-    assert y.tolist() == [row[1] for row in rows]
+    assert x.tolist() == inputs
+    assert y.tolist() == targets
 
     # fractions reach each example alike
     u = (np.arange(50_000) + 0.5) / 50_000
     drawn, counts = np.unique(chosen.at_fraction("val", u), return_counts=True)
     assert drawn.tolist() == starts
     assert counts.max() - counts.min() <= 2
-    learned = np.mean([target != IGNORE for row in rows for target in row[1]])
+    learned = np.mean(np.array(targets) != IGNORE)
     assert chosen.density("val") == pytest.approx(learned, abs=0.01)
 
     # disjoint windows, each at the first example that is a step behind the last one
@@ -395,17 +363,6 @@ def test_examples_whose_response_is_too_far(tmp_path, capsys):
     assert "'a' has no response within --block_size 4 in its train split" in line
 
 
-def test_sets_that_do_not_go_together(tmp_path, capsys):
-    chain_set(tmp_path / "a", 1)
-    chain_set(tmp_path / "c/web", 2)
-    write_set(tmp_path / "other", dict.fromkeys(SPLITS, range(60)), tokenizer="other")
-    assert list(load_sets(tmp_path, ["a", "c/web"], ["a"], 16)) == ["a", "c/web"]
-    for names, size, text in ((["a", "b"], 16, "no set 'b' in"), (["c"], 16, "there: a, c/web"),
-                              (["a", "other"], 16, "'other' was made with the tokenizer other"),
-                              (["other"], 60, "too short for --block_size 60")):
-        assert text in error_of(capsys, load_sets, tmp_path, names, names, size)
-
-
 # ---- whole or not at all -------------------------------------------------------------------------
 
 def test_a_failed_rename_brings_the_old_set_back(here, monkeypatch):
@@ -416,7 +373,7 @@ def test_a_failed_rename_brings_the_old_set_back(here, monkeypatch):
     rename = os.rename
 
     def fail_once(old, new):
-        if new == here / "data/x" or str(new) == "data/x":
+        if str(new).endswith("data/x"):
             monkeypatch.setattr(os, "rename", rename)
             raise KeyboardInterrupt
         rename(old, new)
@@ -427,8 +384,6 @@ def test_a_failed_rename_brings_the_old_set_back(here, monkeypatch):
     assert os.rename is rename  # it got that far
     assert contents(here / "data/x") == before
     assert os.listdir(here / "data") == ["x"]
-    prepare("x=x.jsonl", "--overwrite")
-    assert contents(here / "data/x") != before
 
 
 def test_killed_in_the_middle(tmp_path):
@@ -455,9 +410,7 @@ def test_what_is_there_is_kept(here, capsys):
     assert os.listdir(here / "data") == ["x"]
     assert contents(here / "data/x") == before
     (here / "data/mine").mkdir()
-    (here / "data/mine/thesis.txt").write_text("the only copy")
     assert "data/mine exists" in error_of(capsys, prepare, "mine=x.jsonl", "--overwrite")
-    assert (here / "data/mine/thesis.txt").exists()
 
 
 # ---- one line for what goes wrong ----------------------------------------------------------------
@@ -469,7 +422,6 @@ ERRORS = {
     "pointer": (["x=lfs.jsonl"], "git lfs pull"),
     "binary": (["x=zeros.txt"], "holds zero bytes"),
     "empty": (["x=empty.txt"], "x: it holds no text"),
-    "cut": (["x=cut.txt.gz"], "cannot read cut.txt.gz: Compressed file ended"),
     "too short": (["x=short.txt"], "too little text for three splits"),
     "no records": (["x=x.txt", "--text_key", "body"], "x.txt: not records"),
     "the sample's records": (["--split_by", "a"], "need records; name their files"),
@@ -481,14 +433,12 @@ ERRORS = {
 @pytest.fixture(scope="module")
 def bad_inputs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bad")
-    text = "".join(corpus(900)).encode()
-    (folder / "x.txt").write_bytes(text)
+    (folder / "x.txt").write_text("".join(corpus(300)))
     write_texts(folder / "y.jsonl", corpus(300))
     (folder / "t.csv").write_text("id,text\n" * 999)
     (folder / "lfs.jsonl").write_text("version https://git-lfs.github.com/spec/v1\noid 1\n")
     (folder / "zeros.txt").write_bytes(bytes(999))
     (folder / "empty.txt").write_text("\n \n")
-    (folder / "cut.txt.gz").write_bytes(gzip.compress(text)[:-20])
     (folder / "short.txt").write_text("a short one")
     return folder
 
