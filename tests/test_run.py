@@ -1,5 +1,4 @@
 """fastmix.py from the command line: what a run writes, how it is resumed, what may disturb it."""
-import base64
 import json
 import math
 import resource
@@ -106,27 +105,6 @@ def test_losses_are_those_of_the_model_that_is_left(masked):
         assert result["test_bits_per_byte"][name] == pytest.approx(loss / math.log(2))
 
 
-def test_shares_of_bytes_hold_for_any_tokenizer(tmp_path):
-    """By one tokenizer "ab" is two tokens, by the other one: other shares of tokens, same bytes."""
-    for name in ("ab", "xy"):
-        records = [json.dumps({"text": f"{i} {40 * name}"}) + "\n" for i in range(300)]
-        (tmp_path / f"{name}.jsonl").write_text("".join(records))
-    tokens = [bytes([i]) for i in range(256)] + [b"ab"]
-    lines = [f"{base64.b64encode(token).decode()} {rank}" for rank, token in enumerate(tokens)]
-    (tmp_path / "merged.tiktoken").write_text("\n".join(lines))
-    found = []
-    for tokenizer in ("bytes", "merged.tiktoken"):
-        data = ["--data_dir", f"data {tokenizer}"]
-        run("prepare_data.py", "ab=ab.jsonl", "xy=xy.jsonl", "--tokenizer", tokenizer, *data,
-            cwd=tmp_path)
-        run("fastmix.py", *SHORT, *data, "--sources", "ab,xy", "--mixture", "proportional",
-            "--out_dir", f"out {tokenizer}", cwd=tmp_path)
-        found.append(result_json(tmp_path / f"out {tokenizer}"))
-    assert found[1]["mixture"]["ab"] < found[0]["mixture"]["ab"] - 0.1
-    assert found[1]["bytes"] == pytest.approx(found[0]["bytes"])
-    assert found[1]["target_weights"] == {"ab": 0.5, "xy": 0.5}  # without --target
-
-
 def test_without_sources_a_run_takes_the_sample(tmp_path):
     """Those of its sets that are there, toward numpy."""
     for seed, name in enumerate(("noise", "python", "numpy", "other")):
@@ -176,13 +154,11 @@ def test_two_processes_are_as_one(synthetic):
 
 
 def test_batches_that_two_processes_cannot_share(synthetic):
-    """A fixed mixture draws no target sequences, so that one of them is not too few."""
-    flags = [*SHORT, "--sources", "a,b", "--out_dir", "shared"]
+    flags = [*SHORT, "--sources", "a,b"]
     for flag in (["--batch_size", 7], ["--target_batch_size", 1]):
         line = refused("fastmix.py", *flags, *flag, cwd=synthetic,
                        env={"WORLD_SIZE": "2", "RANK": "0"})
         assert f"{flag[0]} {flag[1]}" in line
-    two_processes(*flags, "--mixture", "uniform", "--target_batch_size", 1, cwd=synthetic)
 
 
 # ---- other starts --------------------------------------------------------------------------------
@@ -203,20 +179,29 @@ def test_init_from_takes_the_weights_and_the_size_alone(synthetic, reference):
 
 
 def test_fixed_mixtures(tmp_path):
-    """uniform, proportional, weights and a file: what is asked is trained, and nothing compared."""
+    """
+    uniform, proportional, weights and a file: what is asked is trained, and nothing compared. The
+    shares of bytes are those of tokens, times bytes per token.
+    """
     for name, n in (("a", 4000), ("b", 12_000)):
         chain_set(tmp_path / "data" / name, 1, n=n)
+    path = tmp_path / "data" / "b" / "meta.json"
+    meta = json.loads(path.read_text())
+    meta["splits"]["train"]["bytes"] *= 3
+    path.write_text(json.dumps(meta))
     (tmp_path / "m.json").write_text('{"mixture": {"b": 0.125, "a": 0.875}}')
     for text, share in (("uniform", 0.5), ("proportional", 0.25), ("a=3,b=1", 0.75), ("b", 0.0),
                         ("m.json", 0.875)):
         out = tmp_path / f"out-{text}"
-        run("fastmix.py", *TINY, "--sources", "a,b", "--mixture", text, "--max_steps", 10,
-            "--out_dir", out, cwd=tmp_path)
-        assert result_json(out)["mixture"] == pytest.approx({"a": share, "b": 1 - share})
-        for row in log_rows(out)[1:]:
-            assert row["alpha"] == pytest.approx({"a": share, "b": 1 - share})
-            assert row["alignment"] == {"a": None, "b": None}
-            assert (row["source_loss"]["a"] is None) == (share == 0)
+        run("fastmix.py", *SHORT, "--sources", "a,b", "--mixture", text, "--out_dir", out,
+            cwd=tmp_path)
+        result = result_json(out)
+        assert result["mixture"] == pytest.approx({"a": share, "b": 1 - share})
+        assert result["bytes"]["b"] == pytest.approx(3 * (1 - share) / (share + 3 * (1 - share)))
+        assert result["target_weights"] == {"a": 0.5, "b": 0.5}  # without --target
+        last = log_rows(out)[-1]
+        assert last["alignment"] == {"a": None, "b": None}
+        assert (last["source_loss"]["a"] is None) == (share == 0)
 
 
 def test_a_run_shorter_than_the_real_one_sees_as_much_less_text(tmp_path):
@@ -254,7 +239,6 @@ def test_killed_and_resumed_is_bit_for_bit_the_same(synthetic, reference):
 
     run("fastmix.py", "--resume", "--out_dir", "killed", cwd=synthetic)
     assert_same(out, reference)
-    assert result_json(out)["seconds"] > 0
 
     # a run that has ended gives its result once more
     run("fastmix.py", "--resume", "--out_dir", "killed", cwd=synthetic)
@@ -313,23 +297,18 @@ CASES = {
     "unknown set": (["--sources", "a,nowhere"], "no set 'nowhere' in data/"),
     "two tokenizers": (["--sources", "a,gpt2"], "'gpt2' was made with the tokenizer gpt2"),
     "name twice": (["--sources", "a,b,a"], "a,b,a"),
-    "weights of sources": (["--sources", "a=2,b=1"], "no set 'a=2'"),
     "weights of 0": ([*AB, "--target", "a=0,b=0"], "'a=0,b=0'"),
     "negative weight": ([*AB, "--mixture", "a=-1,b=2"], "'a=-1,b=2'"),
     "no weight": ([*AB, "--mixture", "a=much,b"], "'much'"),
     "unknown source": ([*AB, "--mixture", "c"], "--mixture c names c, but --sources are a, b"),
     "mixture of other tokens": ([*AB, "--mixture", "gpt2.json"], "gpt2.json", "gpt2"),
-    "no such mixture": ([*AB, "--mixture", "gone.json"], "gone.json"),
     "no steps": ([*AB, "--max_steps", 0], "--max_steps", "'0'"),
     "more than all": ([*AB, "--uniform_share", 2], "--uniform_share 2"),
     "text too short": (["--sources", "a,short"], "short/val.bin: 16 tokens", "--block_size 16"),
-    "block too long": ([*AB, "--block_size", 5000], "too short for --block_size 5000"),
     "odd heads": ([*AB, "--n_head", 3], "--n_embd 32", "--n_head 3"),
-    "a run's folder": ([*AB, "--out_dir", "done"], "done/ holds another run"),
     "a checkpoint's": ([*AB, "--out_dir", "only ckpt.pt"], "only ckpt.pt/ holds another run"),
     "a result's": ([*AB, "--out_dir", "only mixture.json"], "mixture.json/ holds another run"),
     "nothing to resume": ([*AB, "--resume"], "nothing to resume/ckpt.pt"),
-    "no checkpoint": ([*AB, "--init_from", "gone.pt"], "gone.pt"),
     "its tokenizer": (["--sources", "gpt2", "--init_from", "done/ckpt.pt"], "tokenizer synthetic"),
     "other data": ([*RESUME, "--data_dir", "other"], "the sets in other/"),
     "other flags": ([*RESUME, "--sources", "b,a"], "done/ckpt.pt", "--sources"),
@@ -343,10 +322,7 @@ def test_one_clear_line(wrong):
 
     def line_of(case):
         flags, *_ = CASES[case]
-        try:
-            return refused("fastmix.py", *SHORT, "--out_dir", case, *flags, cwd=wrong)
-        except AssertionError as error:
-            raise AssertionError(case) from error
+        return refused("fastmix.py", *SHORT, "--out_dir", case, *flags, cwd=wrong)
 
     before = files()
     with ThreadPoolExecutor(2) as pool:
