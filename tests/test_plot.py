@@ -32,20 +32,17 @@ def write_run(folder, shares=MIXTURE, seed=1, targets={"t": 1.0}, lengths={}, di
     folder.mkdir()
     target = ",".join(f"{name}={weight}" for name, weight in targets.items())
     settings = SETTINGS | {"seed": seed, "out_dir": str(folder), "target": target} | settings
-    rng = np.random.default_rng(seed)
-    K = len(shares)
     lines = []
     for i in range(5):
-        start = np.full(K, 1 / K)
-        alpha = start + i / 4 * (np.array(list(shares.values())) - start)
-        alignment = [None] * K
+        alpha = {name: 1 / 3 + i / 4 * (share - 1 / 3) for name, share in shares.items()}
+        alignment = dict.fromkeys(shares)  # None: not measured
         if i > 0 and settings["mixture"] is None:
-            alignment = rng.normal(size=K).tolist()
-        losses = dict.fromkeys(targets, 4.0 - i / 4)
-        row = {"step": 10 * i, "max_steps": 40, "tokens": 1280 * i,
-               "alpha": dict(zip(shares, alpha)), "alignment": dict(zip(shares, alignment)),
+            alignment = {name: i * share - seed for name, share in shares.items()}
+        row = {"step": 10 * i, "max_steps": 40, "tokens": 1280 * i, "alpha": alpha,
+               "alignment": alignment,
                "source_loss": {name: i and 5.0 - i / 4 for name in shares},
-               "target_val_loss": 4.0 - i / 4, "target_losses": losses}
+               "target_val_loss": 4.0 - i / 4,
+               "target_losses": dict.fromkeys(targets, 4.0 - i / 4)}
         lines.append(json.dumps(row) + "\n")
     (folder / "log.jsonl").write_text("".join(lines))
     result = {"mixture": shares, "tokens_available": dict.fromkeys(shares, 12345),
@@ -175,15 +172,9 @@ def test_runs_that_differ_in_more_than_the_seed(here, capsys, other):
 
 @pytest.fixture
 def figures(monkeypatch):
-    """A list of all figures that are saved."""
+    """A list of all figures that would be saved."""
     saved = []
-    save = matplotlib.figure.Figure.savefig
-
-    def savefig(fig, path):
-        saved.append(fig)
-        save(fig, path)
-
-    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", savefig)
+    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", lambda fig, path: saved.append(fig))
     return saved
 
 

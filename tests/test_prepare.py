@@ -97,34 +97,23 @@ def sample(tmp_path_factory):
     return folder, sets
 
 
-def test_sample_holds_its_texts(sample):
-    """Each token, each mask and the counts, by a plain loop over units."""
+def test_the_end_of_text_stands_where_a_text_ends(sample):
+    """Behind a document, and behind a page whose next page goes to another split."""
     folder, sets = sample
-    for name, units in sets.items():
-        fractions = (0.05, 0.05)
-        if name in SAMPLE_TARGETS:
-            fractions = (0.45, 0.45)
-        written = {split: [] for split in SPLITS}  # (ids, learned?)
-        before = None
-        for unit, split in place_units(units, 1337, fractions):
-            if before and (unit.starts_document or split != before):
-                written[before].append(([256], True))
-            for text, learned in unit.parts:
-                written[split].append((np.frombuffer(text.encode(), np.uint8), learned))
-            before = split
-        written[before].append(([256], True))
-        meta = meta_of(folder / name)
-        for split in SPLITS:
-            ids = np.concatenate([ids for ids, _ in written[split]])
-            mask = np.concatenate([np.full(len(ids), learned) for ids, learned in written[split]])
-            assert np.array_equal(np.fromfile(folder / name / f"{split}.bin", np.uint16), ids)
-            if meta["masked"]:
-                found = np.fromfile(folder / name / f"{split}.mask.bin", np.uint8)
-                assert np.array_equal(found, mask)
-            counts = meta["splits"][split]
-            assert counts["tokens"] == len(ids)
-            assert counts["learned"] == mask.sum()
-            assert counts["bytes"] == np.count_nonzero(ids < 256)
+    written = {split: b"" for split in SPLITS}
+    last = None
+    for unit, split in place_units(sets["python"], 1337, (0.05, 0.05)):
+        if last and (unit.starts_document or split != last):
+            written[last] += b"\xff"  # which is no byte of UTF-8
+        written[split] += unit.parts[0][0].encode()
+        last = split
+    written[last] += b"\xff"
+    for split in SPLITS:
+        ids = np.fromfile(folder / f"python/{split}.bin", np.uint16)
+        assert np.where(ids == 256, 255, ids).astype(np.uint8).tobytes() == written[split]
+        counts = meta_of(folder / "python")["splits"][split]
+        assert counts["tokens"] == counts["learned"] == len(ids)
+        assert counts["bytes"] == np.count_nonzero(ids < 256)
 
 
 def test_sample_is_prepared_once(sample, tmp_path, monkeypatch, capsys):
@@ -133,6 +122,8 @@ def test_sample_is_prepared_once(sample, tmp_path, monkeypatch, capsys):
     prepare_data.prepare_sample(folder)
     assert capsys.readouterr().out == ""
     assert prepare_data.sample_sources(folder) == list(prepare_data.SAMPLE_SOURCES)
+    splits = meta_of(folder / "numpy")["splits"]
+    assert splits["train"]["tokens"] < splits["val"]["tokens"]  # a target is there to measure with
     # no source holds a target's text
     load_sets(folder, ["python", "describe", "implement"], ["numpy", "numpy_tasks"], 64)
     assert "warning" not in capsys.readouterr().out
@@ -339,16 +330,14 @@ def test_windows_of_examples(tmp_path):
 
 
 def test_what_a_shorter_run_is_shown(tmp_path):
-    """The first of the blocks only, whatever u; from all parts of the split; and val as a whole."""
+    """A quarter of train, from all parts of it, whatever u is; and val as a whole."""
     chain_set(tmp_path / "a", 1, n=400_000)
     chosen = TokenSet(tmp_path, "a", 16)
     chosen.visible = 0.25
     u = np.random.default_rng(0).random(100_000)
-    block = chosen.at_fraction("train", u) * len(chosen.starts["train"]) // 200_000
-    shown, counts = np.unique(block, return_counts=True)
-    shown = shown[counts > 100]  # a window may begin a token before its block does
-    assert len(shown) / len(chosen.starts["train"]) == pytest.approx(0.25, abs=0.02)
-    assert shown.min() < 20 and shown.max() > 170
+    start = chosen.at_fraction("train", u)
+    assert len(np.unique(start)) / 200_000 == pytest.approx(0.25 * (1 - np.exp(-2)), abs=0.02)
+    assert start.min() < 20_000 and start.max() > 170_000
     assert np.ptp(chosen.at_fraction("val", u)) > 0.99 * 100_000
 
 

@@ -32,7 +32,6 @@ NOT_READ = "keys of the records that are not read"
 
 # {name: (record, what the model reads with [what is learned], what is noted of it)}
 RECORDS = {
-    "text": ({"text": "Once."}, "[Once.]", []),
     "text in paragraphs": ({"text": ["One.", None, "Two."]}, "[One.\nTwo.]", []),
     "a number": ({"text": 5, "id": 0}, "[5]", [(NOT_READ, "id")]),
     "prompt, response": ({"prompt": "2 + 2 =", "response": 4}, "2 + 2 =\n[4]", []),

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from conftest import (TINY, assert_same, chain_set, example_set, log_rows, markov, refused,
-                      result_json, run, start, wait_for_step, write_set)
+                      result_json, run, split_set, start, wait_for_step, write_set)
 from model import GPT, GPTConfig
 from prepare_data import IGNORE, TokenSet
 
@@ -49,9 +49,7 @@ def test_the_log(reference):
 def masked(tmp_path_factory):
     """A search over text and examples, toward two weighted targets, for a longer real run."""
     folder = tmp_path_factory.mktemp("masked")
-    train, val, test = np.split(markov(1, 8000), [4000, 6000])
-    splits = {"train": train, "val": val, "test": test}
-    write_set(folder / "data" / "text", splits, vocab_size=65)
+    split_set(folder / "data" / "text", markov(1, 8000), vocab_size=65)
     example_set(folder / "data" / "tasks", 3, 2)
     example_set(folder / "data" / "like_tasks", 3, 2, n=400)
     run("fastmix.py", *TINY, "--sources", "text,tasks", "--target", "text,like_tasks=3",
@@ -89,9 +87,7 @@ def test_losses_are_those_of_the_model_that_is_left(masked):
     def loss_of(name, split, max_tokens):
         chosen = TokenSet(masked / "data", name, 16)
         x, y = map(torch.from_numpy, chosen.windows(split, chosen.spread(split, max_tokens)))
-        assert (y == IGNORE).any() == (name != "text")
-        with torch.no_grad():
-            logits = model.lm_head(model(x))
+        logits = model.lm_head(model(x)).detach()
         return F.cross_entropy(logits.flatten(0, 1), y.flatten(), ignore_index=IGNORE).item()
 
     last = log_rows(masked / "out")[-1]
@@ -109,12 +105,10 @@ def test_without_sources_a_run_takes_the_sample(tmp_path):
     """Those of its sets that are there, toward numpy."""
     for seed, name in enumerate(("noise", "python", "numpy", "other")):
         chain_set(tmp_path / "data" / name, seed, n=4000)
-    stdout = run("fastmix.py", *SHORT, cwd=tmp_path, picture=True)
+    run("fastmix.py", *SHORT, cwd=tmp_path)
     result = result_json(tmp_path / "out")
     assert list(result["mixture"]) == ["python", "noise"]
     assert list(result["test_loss"]) == ["numpy"]
-    assert (tmp_path / "out" / "mixture.png").stat().st_size > 10_000
-    assert stdout.endswith("drew out/mixture.png\n")
 
 
 # ---- the same run in other forms -----------------------------------------------------------------
@@ -205,10 +199,7 @@ def test_fixed_mixtures(tmp_path):
 
 
 def test_a_run_shorter_than_the_real_one_sees_as_much_less_text(tmp_path):
-    """
-    Of 1,000 random tokens a tenth is shown: a run can learn those 100 by heart, not the rest. (It
-    learns without a clip, too.)
-    """
+    """Of 1,000 random tokens a tenth is shown: a run learns those 100 by heart, not the rest."""
     ids = np.random.default_rng(0).integers(0, 63, 1000)
     write_set(tmp_path / "data" / "one", {"train": ids, "val": ids, "test": ids})
     last = {}
