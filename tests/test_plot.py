@@ -32,9 +32,10 @@ def write_run(folder, shares=MIXTURE, seed=1, targets={"t": 1.0}, lengths={}, di
     folder.mkdir()
     target = ",".join(f"{name}={weight}" for name, weight in targets.items())
     settings = SETTINGS | {"seed": seed, "out_dir": str(folder), "target": target} | settings
+    K = len(shares)
     lines = []
     for i in range(5):
-        alpha = {name: 1 / 3 + i / 4 * (share - 1 / 3) for name, share in shares.items()}
+        alpha = {name: 1 / K + i / 4 * (share - 1 / K) for name, share in shares.items()}
         alignment = dict.fromkeys(shares)  # None: not measured
         if i > 0 and settings["mixture"] is None:
             alignment = {name: i * share - seed for name, share in shares.items()}

@@ -336,7 +336,8 @@ def test_what_a_shorter_run_is_shown(tmp_path):
     chosen.visible = 0.25
     u = np.random.default_rng(0).random(100_000)
     start = chosen.at_fraction("train", u)
-    assert len(np.unique(start)) / 200_000 == pytest.approx(0.25 * (1 - np.exp(-2)), abs=0.02)
+    # so many of 50,000 tokens are met by 100,000 draws
+    assert len(np.unique(start)) == pytest.approx(50_000 * (1 - np.exp(-2)), rel=0.05)
     assert start.min() < 20_000 and start.max() > 170_000
     assert np.ptp(chosen.at_fraction("val", u)) > 0.99 * 100_000
 
