@@ -338,10 +338,10 @@ def write_inputs(folder, n_chars):
     return ["text.txt", "records.jsonl", "examples.jsonl"]
 
 
-def prepare(folder, file, tokenizer, n_threads):
+def prepare(folder, file, tokenizer):
     """Seconds of the whole program."""
     command = [sys.executable, HERE.parent / "prepare_data.py", f"x={file}", "--overwrite",
-               "--tokenizer", tokenizer, "--workers", str(n_threads)]
+               "--tokenizer", tokenizer]
     start = time.perf_counter()
     subprocess.run(command, cwd=folder, stdout=subprocess.DEVNULL, check=True)
     return time.perf_counter() - start
@@ -351,15 +351,12 @@ def bench_prepare(args):
     tokenizer = args.tokenizer
     if tokenizer.endswith(".tiktoken"):
         tokenizer = str(Path(tokenizer).resolve())
-    print(f"| {args.tokenizer}, {args.mb} MB | threads | MB/s |\n| --- | ---: | ---: |")
+    print(f"| {args.tokenizer}, {args.mb} MB | MB/s |\n| --- | ---: |")
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         for file in write_inputs(folder, args.mb * 1_000_000):
-            variants = {}
-            for n_threads in args.threads:
-                variants[n_threads] = functools.partial(prepare, folder, file, tokenizer, n_threads)
-            for n_threads, seconds in in_turns(variants, args.rounds).items():
-                print(f"| {file} | {n_threads} | {args.mb / np.median(seconds):.1f} |", flush=True)
+            seconds = [prepare(folder, file, tokenizer) for _ in range(args.rounds)]
+            print(f"| {file} | {args.mb / np.median(seconds):.1f} |", flush=True)
 
 
 # ---- the command line ----------------------------------------------------------------------------
@@ -383,7 +380,6 @@ def main():
     for flag, default in MODEL_FLAGS.items():
         p.add_argument(f"--{flag}", type=int, default=default)
     p.add_argument("--tokenizer", default="bytes", help="of prepare: bytes or FILE.tiktoken")
-    p.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     p.add_argument("--mb", type=int, default=50, help="million characters of text (50)")
     args = p.parse_args()
     parts[args.part](args)

@@ -166,17 +166,17 @@ def test_round_trip_by_a_vocabulary(here):
 
 
 @pytest.mark.parametrize("flags", [["x=text.jsonl"], ["x=qa.jsonl", "--split_by", "of"]])
-def test_files_do_not_depend_on_the_number_of_threads(here, monkeypatch, flags):
-    monkeypatch.setattr(prepare_data, "BATCH", 5000)
+def test_files_do_not_depend_on_the_size_of_batches(here, monkeypatch, flags):
     write_tiktoken(here / "t.tiktoken", BYTES + [b" 1", b" 12", b"00", b"ment"])
     texts = corpus(300, words=300)
     write_texts(here / "text.jsonl", [*texts, "".join(texts)])
     pairs = [{"prompt": text[:50], "response": text[50:], "of": text[13]} for text in texts]
     write_records(here / "qa.jsonl", pairs)
     found = []
-    for workers in (1, 2, 7):
-        prepare(*flags, "--workers", workers, "--tokenizer", "t.tiktoken", "--overwrite")
-        files = [path for path in (here / "data/x").rglob("*") if path.is_file()]
+    for size in (1, 5000, prepare_data.BATCH):
+        monkeypatch.setattr(prepare_data, "BATCH", size)
+        prepare(*flags, "--tokenizer", "t.tiktoken", "--overwrite")
+        files = (here / "data/x").rglob("*.bin")
         found.append({path: path.read_bytes() for path in files})
     assert found[0] == found[1] == found[2]
 
