@@ -133,9 +133,7 @@ def derive(data, name, source, splits, masks={}):
         meta["splits"][split] |= {"tokens": len(ids), "learned": len(ids)}
     for split, mask in masks.items():
         mask.tofile(partial / f"{split}.mask.bin")
-        learned = read(data, source, split)[mask > 0]
-        n_bytes = int(np.count_nonzero(learned != meta["eot_token"]))
-        meta["splits"][split] |= {"learned": len(learned), "learned_bytes": n_bytes}
+        meta["splits"][split]["learned"] = int(np.count_nonzero(mask))
     (partial / "meta.json").write_text(json.dumps(meta))
     partial.rename(data / name)
 

@@ -201,7 +201,7 @@ def write_sets(folder, K, vocab_size, n_tokens=200_000):
         for split in ("train", "val", "test"):
             rng.integers(0, vocab_size - 1, n_tokens).astype(np.uint16).tofile(
                 path / f"{split}.bin")
-            splits[split] = {"tokens": n_tokens, "learned": n_tokens, "learned_bytes": n_tokens}
+            splits[split] = {"tokens": n_tokens, "learned": n_tokens}
         meta = {"tokenizer": "random", "vocab_size": vocab_size, "eot_token": vocab_size - 1,
                 "dtype": "uint16", "masked": False, "documents": 1, "sha256": path.name,
                 "splits": splits}

@@ -51,7 +51,7 @@ def write_run(folder, shares=MIXTURE, seed=1, targets={"t": 1.0}, lengths={}, di
               "tokens_per_document": dict.fromkeys(shares, 40.0) | lengths,
               "target_weights": targets,
               "test_loss": {name: 1.5 + i for i, name in enumerate(targets)},
-              "test_bits_per_byte": dict.fromkeys(targets, 3.0), "tokenizer": tokenizer,
+              "tokenizer": tokenizer,
               "digests": dict.fromkeys((*shares, *targets), "0") | digests, "settings": settings}
     (folder / "mixture.json").write_text(json.dumps(result))
 
@@ -79,9 +79,9 @@ def test_table_of_a_run(here):
         "final: the mixture to use, in shares of tokens",
         "epochs: how often 5,120 tokens at the final mixture read a source",
         "",
-        "target        weight  test loss  bits/byte  val before  val after",
-        "t              0.750     1.5000     3.0000      4.0000     3.0000",
-        "u              0.250     2.5000     3.0000      4.0000     3.0000",
+        "target        weight  test loss  val before  val after",
+        "t              0.750     1.5000      4.0000     3.0000",
+        "u              0.250     2.5000      4.0000     3.0000",
         "mean                     1.7500",
         "losses: in nats per learned token"]
     assert "25,000,000,000 tokens at" in table_of(here / "real", train_tokens=25e9)

@@ -104,8 +104,6 @@ def test_masks_counts_and_what_is_printed(here, capsys):
     for split in SPLITS:
         ids = np.fromfile(here / f"data/qa/{split}.bin", np.uint16)
         mask = np.fromfile(here / f"data/qa/{split}.mask.bin", np.uint8)
-        counts = meta["splits"][split]
-        assert counts["learned_bytes"] == mask.sum() - counts["documents"]
         learned = ids[mask == 1]  # of each example the response, and <|endoftext|>
         pieces = np.split(learned, np.flatnonzero(learned == 256) + 1)[:-1]
         responses = [bytes(piece[:-1].astype(np.uint8)).decode() for piece in pieces]

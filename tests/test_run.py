@@ -97,8 +97,6 @@ def test_losses_are_those_of_the_model_that_is_left(masked):
     assert last["target_val_loss"] == pytest.approx(weighted)
     for name, loss in result["test_loss"].items():
         assert loss == pytest.approx(loss_of(name, "test", 2**18), rel=1e-5)
-        # a token is a byte here
-        assert result["test_bits_per_byte"][name] == pytest.approx(loss / math.log(2))
 
 
 def test_without_sources_a_run_takes_the_sample(tmp_path):
