@@ -1,6 +1,5 @@
 """fastmix.py from the command line: what a run writes, how it is resumed, what may disturb it."""
 import json
-import math
 import resource
 import shutil
 import signal
