@@ -27,6 +27,7 @@ import functools
 import io
 import json
 import platform
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -340,11 +341,13 @@ def write_inputs(folder, n_chars):
 
 def prepare(folder, file, tokenizer):
     """Seconds of the whole program."""
-    command = [sys.executable, HERE.parent / "prepare_data.py", f"x={file}", "--overwrite",
+    command = [sys.executable, HERE.parent / "prepare_data.py", f"x={file}",
                "--tokenizer", tokenizer]
     start = time.perf_counter()
     subprocess.run(command, cwd=folder, stdout=subprocess.DEVNULL, check=True)
-    return time.perf_counter() - start
+    seconds = time.perf_counter() - start
+    shutil.rmtree(folder / "data")
+    return seconds
 
 
 def bench_prepare(args):

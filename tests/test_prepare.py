@@ -175,9 +175,10 @@ def test_files_do_not_depend_on_the_size_of_batches(here, monkeypatch, flags):
     found = []
     for size in (1, 5000, prepare_data.BATCH):
         monkeypatch.setattr(prepare_data, "BATCH", size)
-        prepare(*flags, "--tokenizer", "t.tiktoken", "--overwrite")
-        files = (here / "data/x").rglob("*.bin")
-        found.append({path: path.read_bytes() for path in files})
+        data = here / f"data-{size}"
+        prepare(*flags, "--tokenizer", "t.tiktoken", "--data_dir", str(data))
+        files = (data / "x").rglob("*.bin")
+        found.append({path.relative_to(data): path.read_bytes() for path in files})
     assert found[0] == found[1] == found[2]
 
 
@@ -355,27 +356,6 @@ def test_examples_whose_response_is_too_far(tmp_path, capsys):
 
 # ---- whole or not at all -------------------------------------------------------------------------
 
-def test_a_failed_rename_brings_the_old_set_back(here, monkeypatch):
-    write_texts(here / "x.jsonl", corpus(300))
-    prepare("x=x.jsonl")
-    before = contents(here / "data/x")
-    write_texts(here / "x.jsonl", corpus(300, seed=1))
-    rename = os.rename
-
-    def fail_once(old, new):
-        if str(new).endswith("data/x"):
-            monkeypatch.setattr(os, "rename", rename)
-            raise KeyboardInterrupt
-        rename(old, new)
-
-    monkeypatch.setattr(os, "rename", fail_once)
-    with pytest.raises(KeyboardInterrupt):
-        prepare("x=x.jsonl", "--overwrite")
-    assert os.rename is rename  # it got that far
-    assert contents(here / "data/x") == before
-    assert os.listdir(here / "data") == ["x"]
-
-
 def test_killed_in_the_middle(tmp_path):
     """It leaves no set, and what it leaves is not in the next one."""
     write_texts(tmp_path / "x.jsonl", corpus(2000) * 15)
@@ -392,15 +372,12 @@ def test_killed_in_the_middle(tmp_path):
 
 
 def test_what_is_there_is_kept(here, capsys):
-    """Without --overwrite every folder, with it those that are no sets."""
     write_texts(here / "x.jsonl", corpus(300))
     prepare("x=x.jsonl")
     before = contents(here / "data/x")
     assert "data/x exists" in error_of(capsys, prepare, "y=x.jsonl", "x=x.jsonl")
     assert os.listdir(here / "data") == ["x"]
     assert contents(here / "data/x") == before
-    (here / "data/mine").mkdir()
-    assert "data/mine exists" in error_of(capsys, prepare, "mine=x.jsonl", "--overwrite")
 
 
 # ---- one line for what goes wrong ----------------------------------------------------------------
