@@ -113,14 +113,10 @@ def test_line_of_progress():
 
 
 def test_warnings(here):
-    """A search that ends at one source, but not a run at one; and a target that is overfitted."""
+    """A search that ends at one source, but not a run at one."""
     one = {"a": 0.995, "b": 0.005}
     assert "the search ended with a alone" in table_of(here / "search", one)
     assert "warning" not in table_of(here / "fixed", one, mixture="a=0.995,b=0.005")
-    path = here / "fixed" / "log.jsonl"
-    path.write_text(path.read_text().replace('"target_val_loss": 3.25', '"target_val_loss": 2.8'))
-    assert ("warning: the target's val loss was lowest, 2.8000, at step 30; lower --max_steps"
-            in result_table("fixed"))
 
 
 # ---- runs with other seeds -----------------------------------------------------------------------
@@ -131,12 +127,13 @@ def test_seeds(here, capsys):
         write_run(here / f"out-{seed}", dict(zip("abc", shares)), seed, data_dir=f"{seed}")
     text = plot(capsys, "out-0", "out-1", "out-2")
     assert text.splitlines() == [
+        "out-0: target's test loss 1.5000",
+        "out-1: target's test loss 1.5000",
+        "out-2: target's test loss 1.5000",
         "source       mean share   lowest  highest",
         "a                 0.550    0.500    0.600",
         "b                 0.217    0.100    0.300",
         "c                 0.233    0.200    0.300",
-        "undecided: whether c should have more than b",
-        "target's test loss: 1.5000, from 1.5000 to 1.5000 over 3 seeds",
         "wrote out-0/comparison.png"]
 
 
@@ -162,7 +159,7 @@ def test_runs_that_differ_in_more_than_the_seed(here, capsys, other):
         plot_mixture.main(["out", "other", "--export", "hf"])
     assert "runs that differ in --seed alone" in capsys.readouterr().err
     if comparable:
-        assert plot(capsys, "out", "other") == "wrote out/comparison.png\n"
+        assert plot(capsys, "out", "other").endswith("wrote out/comparison.png\n")
     else:
         with pytest.raises(SystemExit):
             plot_mixture.main(["out", "other"])
