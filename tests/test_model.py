@@ -1,12 +1,13 @@
 """model.py: the GPT, its learning rate, and checkpoints, whole and damaged."""
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from model import GPT, GPTConfig, learning_rate_at, load_checkpoint, rotation, save_checkpoint
+from model import GPT, GPTConfig, learning_rate_at, load_checkpoint, save_checkpoint
 
 CONFIG = GPTConfig(vocab_size=11, block_size=8, n_layer=2, n_head=2, n_embd=8)
 
@@ -38,7 +39,7 @@ def test_positions_count_by_their_distances():
     hidden = model(x)
     exchanged = model(x[:, [1, 0, *range(2, 8)]])
     assert (exchanged - hidden)[0, 7].abs().max() > 1e-3
-    model.rotation = rotation(13, 4)[:, 5:].double()
+    model.rotation = gpt(replace(CONFIG, block_size=13)).rotation[:, 5:].double()
     torch.testing.assert_close(model(x), hidden, rtol=1e-5, atol=1e-5)
 
 
