@@ -11,7 +11,7 @@ trained for the same number of steps at the mixture that each recommends.
 Every run is fastmix.py itself, in one thread, --jobs at a time. Its result is appended to --results
 at once, and a run whose result is there is not made again: a bench that was stopped goes on when it
 is started again. To make a run anew, delete its line. Seeds are paired: a seed fixes initialisation
-and batches of every method's run.
+and random numbers of every method's run.
 
 The runs of RESULTS.md are in tests/bench_mixtures.jsonl. Losses of another machine's text, or by a
 version that draws other batches, are not comparable with them. To add such runs to that file, give
