@@ -79,9 +79,9 @@ def test_table_of_a_run(here):
         "final: the mixture to use, in shares of tokens",
         "epochs: how often 5,120 tokens at the final mixture read a source",
         "",
-        "target        weight  test loss  val before  val after",
-        "t              0.750     1.5000      4.0000     3.0000",
-        "u              0.250     2.5000      4.0000     3.0000",
+        "target        weight  test loss  first val   last val",
+        "t              0.750     1.5000     4.0000     3.0000",
+        "u              0.250     2.5000     4.0000     3.0000",
         "mean                     1.7500",
         "losses: in nats per learned token"]
     assert "25,000,000,000 tokens at" in table_of(here / "real", train_tokens=25e9)
@@ -176,12 +176,6 @@ def figures(monkeypatch):
     return saved
 
 
-def curves(ax):
-    """{colour: y} of the bold curves of axes."""
-    bold = [line for line in ax.get_lines() if line.get_alpha() is None]
-    return {line.get_color(): line.get_ydata() for line in bold}
-
-
 def labels(fig):
     legend, = fig.legends
     return [text.get_text() for text in legend.get_texts()]
@@ -194,15 +188,13 @@ def test_picture_of_a_run(here, figures):
     fig, = figures
     assert labels(fig) == ["c  0.10", "b  0.30", "a  0.60"]  # as the bands lie
     log = read_log("out")
-    shares, losses, alignments = fig.axes
+    shares, losses = fig.axes
     tops = [band.get_paths()[0].vertices[:, 1].max() for band in shares.collections]
     assert tops == pytest.approx([0.6, 0.9, 1.0])
-    drawn_losses = curves(losses)
-    drawn_alignments = curves(alignments)
+    drawn = {line.get_color(): line.get_ydata() for line in losses.get_lines()}
     for name, colour in zip("abc", COLOURS):
-        np.testing.assert_array_equal(drawn_losses[colour], log["source_loss"][name])
-        np.testing.assert_array_equal(drawn_alignments[colour], log["alignment"][name][1:])
-    np.testing.assert_array_equal(drawn_losses[plot_mixture.BLACK], log["target_val_loss"])
+        np.testing.assert_array_equal(drawn[colour], log["source_loss"][name])
+    np.testing.assert_array_equal(drawn[plot_mixture.BLACK], log["target_val_loss"])
 
 
 def test_more_sources_than_colours(here, figures):
@@ -212,21 +204,9 @@ def test_more_sources_than_colours(here, figures):
     write_run(here / "out", dict(zip(names, shares)), mixture="uniform")
     plot_mixture.draw_run("out")
     fig, = figures
-    assert len(fig.axes) == 2  # a fixed mixture has no alignments
     assert labels(fig) == ["3 others  0.13", *[f"a_very_long_name_of_a_so  {share:.2f}"
                                                for share in shares[3:]]]
     assert len(fig.axes[0].collections) == 7
-
-
-def test_moving_average():
-    drawn = []
-    ax = SimpleNamespace(plot=lambda x, y, **style: drawn.append((x, y)))
-    y = np.array([1.0, np.nan, 2.0, 6.0, 4.0, 0.0])
-    plot_mixture.draw_curve(ax, np.arange(6), y, window=3, color="k")
-    (x, raw), (_, mean) = drawn
-    assert x.tolist() == [0, 2, 3, 4, 5]
-    assert raw.tolist() == [1, 2, 6, 4, 0]
-    assert mean == pytest.approx([1.5, 3, 4, 10 / 3, 2])
 
 
 def test_a_run_that_has_just_begun(here, capsys):
