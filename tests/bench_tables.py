@@ -33,7 +33,7 @@ ROWS = {  # of the tables: {what: title}
     "ngram": "n-gram EM, order 3",
     "FastMix": "**FastMix**",
     "none": "P = 1",
-    "paper": "P = 1, ε = 1, every 20 (nearest to the paper)",
+    "seldom": "P = 1, ε = 1, every 20",
     "DoGE": "DoGE's rule",
     "DoReMi": "DoReMi's rule",
     **{f"RegMix {n}": f"RegMix-style, {n} runs" for n in REGMIX},
@@ -42,7 +42,7 @@ README_COLUMNS = {  # of README's table, whose rows are tasks
     "uniform": "uniform",
     "proportional": "proportional",
     "ngram": "n-gram EM",
-    "paper": "P = 1, ε = 1, every 20",
+    "none": "P = 1",
     "FastMix": "FastMix",
     "RegMix 64": "RegMix-style, 64 runs",
 }
@@ -159,7 +159,8 @@ class Surface:
     """The test loss as a function of the mixture, of the runs of a task at fixed mixtures."""
     predict: Callable  # mixtures (S, K) -> losses (S,), means over the seeds
     doubt: Callable  # two mixtures (K,) -> standard deviation of the difference of their losses
-    error: float  # leave-one-out, in % of the least loss
+    error: float  # leave-one-out, in % of the least loss, the noise of the runs included
+    own_error: float  # and without that noise
     noise: float  # standard deviation of one run, in % of the least loss
     seed_effect: dict  # {seed: how much higher losses are on it}
     fitted: np.ndarray  # (R, K) the mixtures that it is fitted to
@@ -186,11 +187,13 @@ def response_surface(by_mixture):
     y = np.array(y)
     near = y < 1.1 * y.min()
     fitted = np.array(list(by_mixture))[near]
-    predict, error, doubt = gaussian_process(log_shares(fitted), y[near],
-                                             noise / np.sqrt(np.array(counts)[near]))
+    noises = noise / np.sqrt(np.array(counts)[near])
+    predict, error, doubt = gaussian_process(log_shares(fitted), y[near], noises)
+    own_error = np.sqrt(max(0, error**2 - (noises**2).mean()))
     return Surface(lambda mixtures: predict(log_shares(mixtures)),
                    lambda a, b: doubt(log_shares(a), log_shares(b)),
-                   100 * error / y.min(), 100 * noise / y.min(), effect, fitted)
+                   100 * error / y.min(), 100 * own_error / y.min(), 100 * noise / y.min(), effect,
+                   fitted)
 
 
 # ---- the best fixed mixture known, and regret ----------------------------------------------------
@@ -270,8 +273,9 @@ class Judge:
         text = (f"{self.task}: best fixed mixture known {loss:.4f} nats per token "
                 f"({listed(self.task, mixture)}); uniform {np.mean(uniform):.4f}, its seeds "
                 f"differ by {100 * np.ptp(uniform) / np.mean(uniform):.2f}%; {len(self.tried)} "
-                f"mixtures, {len(self.whole)} of them on all seeds; leave-one-out error of the surface "
-                f"{self.surface.error:.2f}%; noise of a run {self.surface.noise:.2f}%")
+                f"mixtures, {len(self.whole)} of them on all seeds; leave-one-out error of the "
+                f"surface {self.surface.error:.2f}%, {self.surface.own_error:.2f}% of it not the "
+                f"runs' noise; noise of a run {self.surface.noise:.2f}%")
         least = self.surface.predict(mixture)[0]
         lines = [text]
         for what in ("ngram", "FastMix"):
@@ -341,7 +345,10 @@ def comparison(judges):
 
 
 def readme_table(judges):
-    """The measured means of some rows, for the tasks on bytes, as text: README's table."""
+    """
+    README's table, of some rows for the tasks on bytes, as text: the means of what was measured or,
+    where nothing was, what the response surface predicts.
+    """
     lines = [header_of(list(README_COLUMNS.values()))]
     all_means = []
     for task, judge in judges.items():
@@ -349,9 +356,9 @@ def readme_table(judges):
             means = []
             for what in README_COLUMNS:
                 values = judge.regret(what)
-                means.append(np.nan)
-                if len(values):
-                    means[-1] = values.mean()
+                if len(values) == 0:
+                    values = judge.predicted_regret(what)
+                means.append(np.mean(values))
             all_means.append(means)
             lines.append(row_of(TASKS[task].title, map(signed, means)))
     means = np.mean(all_means, axis=0)  # NaN where a task has no RegMix
@@ -381,7 +388,7 @@ def main(argv=None):
         print(f"\n{comparison(group)}\n")
         for judge in group.values():
             print(judge.describe())
-    print(f"\nREADME's table: means of what was measured\n\n{readme_table(judges)}")
+    print(f"\nREADME's table: means of what was measured or, if nothing was, predicted\n\n{readme_table(judges)}")
 
 
 if __name__ == "__main__":

@@ -103,11 +103,11 @@ def test_a_run_prints_its_table_and_draws(synthetic):
 
 def test_line_of_progress():
     """As many of the largest shares as fit; before the first step there is no speed."""
-    shares = {"cpp": 0.07, "python": 0.674, "math": 0.156, "prose": 0.1}
+    shares = {"cpp": 0.07, "python": 0.674, "math": 0.156, "prose": 0.1, "seventeen_letters": 0.0}
     row = {"step": 100, "max_steps": 400, "tokens": 102_400, "target_val_loss": 2.3456,
            "alpha": shares}
     assert progress(row, steps_per_second=10) == (
-        "step  100  val 2.346  10,240 tok/s  30 s left  python 67% math 16% prose 10%")
+        "step  100  val 2.346  30 s left  python 67% math 16% prose 10% cpp 7%")
     assert progress(row | {"step": 0}, 10) == (
         "step    0  val 2.346  python 67% math 16% prose 10% cpp 7%")
 

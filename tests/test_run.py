@@ -68,7 +68,6 @@ def test_the_result(masked):
         assert result["epochs"][name] == pytest.approx(share * 5_000 / n_tokens[name])
         assert result["tokens_per_document"][name] == sets[name].tokens_per_document()
     assert result["target_weights"] == {"text": 0.25, "like_tasks": 0.75}
-    assert result["seconds"] > 0
     assert result["tokenizer"] == "synthetic"
     assert result["digests"] == {name: s.digest for name, s in sets.items()}
     assert result["settings"]["train_tokens"] == 5_000
