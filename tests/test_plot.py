@@ -103,7 +103,7 @@ def test_a_run_prints_its_table_and_draws(synthetic):
 
 def test_line_of_progress():
     """As many of the largest shares as fit; before the first step there is no speed."""
-    shares = {"cpp": 0.07, "python": 0.674, "math": 0.156, "prose": 0.1, "seventeen_letters": 0.0}
+    shares = {"cpp": 0.07, "python": 0.674, "math": 0.156, "prose": 0.1, "a_very_long_name": 0.0}
     row = {"step": 100, "max_steps": 400, "tokens": 102_400, "target_val_loss": 2.3456,
            "alpha": shares}
     assert progress(row, steps_per_second=10) == (
