@@ -388,7 +388,8 @@ def main(argv=None):
         print(f"\n{comparison(group)}\n")
         for judge in group.values():
             print(judge.describe())
-    print(f"\nREADME's table: means of what was measured or, if nothing was, predicted\n\n{readme_table(judges)}")
+    print("\nREADME's table: means of what was measured or, if nothing was, predicted\n\n"
+          f"{readme_table(judges)}")
 
 
 if __name__ == "__main__":

@@ -109,7 +109,7 @@ def test_line_of_progress():
     assert progress(row, steps_per_second=10) == (
         "step  100  val 2.346  30 s left  python 67% math 16% prose 10% cpp 7%")
     assert progress(row | {"step": 0}, 10) == (
-        "step    0  val 2.346  python 67% math 16% prose 10% cpp 7%")
+        "step    0  val 2.346  python 67% math 16% prose 10% cpp 7% a_very_long_name 0%")
 
 
 def test_warnings(here):
