@@ -120,7 +120,7 @@ def read(data, name, split, part="bin", dtype=np.uint16):
 def derive(data, name, source, splits, masks={}):
     """
     Writes a set that is like another one but for the token ids of some splits, {split: ids}, and
-    the masks of some, {split: mask}. One token must be one byte where there is a mask.
+    the masks of some, {split: mask}.
     """
     partial = data / f".{name}"  # a killed bench must not leave a folder that looks whole
     shutil.rmtree(partial, ignore_errors=True)

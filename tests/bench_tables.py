@@ -274,8 +274,8 @@ class Judge:
                 f"({listed(self.task, mixture)}); uniform {np.mean(uniform):.4f}, its seeds "
                 f"differ by {100 * np.ptp(uniform) / np.mean(uniform):.2f}%; {len(self.tried)} "
                 f"mixtures, {len(self.whole)} of them on all seeds; leave-one-out error of the "
-                f"surface {self.surface.error:.2f}%, {self.surface.own_error:.2f}% of it not the "
-                f"runs' noise; noise of a run {self.surface.noise:.2f}%")
+                f"surface {self.surface.error:.2f}%, without the runs' noise "
+                f"{self.surface.own_error:.2f}%; noise of a run {self.surface.noise:.2f}%")
         least = self.surface.predict(mixture)[0]
         lines = [text]
         for what in ("ngram", "FastMix"):

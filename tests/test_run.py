@@ -284,6 +284,7 @@ CASES = {
     "unknown set": (["--sources", "a,nowhere"], "no set 'nowhere' in data/"),
     "two tokenizers": (["--sources", "a,gpt2"], "'gpt2' was made with the tokenizer gpt2"),
     "name twice": (["--sources", "a,b,a"], "a,b,a"),
+    "target alone": (["--target", "a"], "--target a needs --sources"),
     "weights of 0": ([*AB, "--target", "a=0,b=0"], "'a=0,b=0'"),
     "negative weight": ([*AB, "--mixture", "a=-1,b=2"], "'a=-1,b=2'"),
     "no weight": ([*AB, "--mixture", "a=much,b"], "'much'"),
