@@ -1,9 +1,9 @@
 """
 What tests/bench_mixtures.py compares: the tasks and their data, the methods, and what they cost.
 
-A search is fastmix.py with some flags (SEARCHES); for the rules of other methods, which share its
-loop, some of its functions are replaced (rules_of). RegMix is no search of this kind: it fits a
-function to the losses of runs at fixed mixtures.
+A search is fastmix.py with some flags (SEARCHES); for DoGE's rule, which shares its loop, the step
+is replaced (doge). RegMix is no search of this kind: it fits a function to the losses of runs at
+fixed mixtures.
 """
 import json
 import shutil
@@ -17,7 +17,7 @@ import torch
 import fastmix
 import ngram
 import prepare_data
-from model import GPT, GPTConfig
+from model import GPTConfig
 
 # ---- tasks ---------------------------------------------------------------------------------------
 
@@ -214,83 +214,25 @@ SEARCHES = {  # name: flags
     "none": {"curvature": "none"},
     "seldom": {"curvature": "none", "uniform_share": 1, "outer_every": 20},
     "DoGE": {"curvature": "none", "learning_rate_mixture": 0.02},
-    "DoReMi": {"learning_rate_mixture": 0.1},
 }
-
-
-def in_place_of_mixture_step(rule):
-    """rule(z, A, rate) -> what replaces fastmix.mixture_step(). Its rate does not fall."""
-    first_rate = None
-
-    def mixture_step(z, scale, A, present, density, rate, n_before):
-        nonlocal first_rate
-        if n_before == 0:
-            first_rate = rate
-        rule(z, torch.where(present, A, 0.0), first_rate)
-
-    return mixture_step
 
 
 def doge():
     """
     alpha_k in proportion to alpha_k exp(step A_k), by DoGE (Fan et al., arXiv 2310.15393). The step
-    is in units of 1 / (running mean of max |A|), because alignments have no natural unit.
+    is in units of 1 / (running mean of max |A|), because alignments have no natural unit, and its
+    rate does not fall. Returns {name in fastmix.py: what replaces it}.
     """
+    rates = []
     largest = []
 
-    def rule(z, A, rate):
+    def mixture_step(z, scale, A, present, density, rate, n_before):
+        rates.append(rate)
+        A = torch.where(present, A, 0.0)
         largest.append(A.abs().max().item())
-        z += rate * A / np.mean(largest[-100:])
+        z += rates[0] * A / np.mean(largest[-100:])
 
-    return {"mixture_step": in_place_of_mixture_step(rule), "DECAY": 0.0}
-
-
-def doremi(reference):
-    """
-    DoReMi (Xie et al., arXiv 2305.10429): exponentiated gradient on each source's excess loss over
-    the loss of a reference model, clipped at 0 token by token. It knows no target. The excess
-    takes the place of the tokens' alignments.
-    """
-    ckpt = torch.load(reference, weights_only=True)
-    net = GPT(GPTConfig(**ckpt["config"]))
-    net.load_state_dict(ckpt["model"])
-    known_head = net.lm_head.weight.detach()
-    draw_batch = fastmix.draw_batch
-    fused_cross_entropy = fastmix.fused_cross_entropy
-    inputs = None  # of the last training batch
-
-    def remember_inputs(sets, split, *rest):
-        nonlocal inputs
-        source, x, y = draw_batch(sets, split, *rest)
-        if split == "train":
-            inputs = x
-        return source, x, y
-
-    def with_excess(hidden, head, labels, weight, PG):
-        loss, token_loss, alignment = fused_cross_entropy(hidden, head, labels, weight, PG)
-        if PG is not None:  # an outer step follows
-            with torch.no_grad():
-                known = fused_cross_entropy(net(inputs), known_head, labels, weight, None)[1]
-            alignment = (token_loss - known).clamp(min=0)  # (B, T)
-        return loss, token_loss, alignment
-
-    def rule(z, A, rate):
-        z += rate * A
-
-    return {"draw_batch": remember_inputs, "fused_cross_entropy": with_excess,
-            "mixture_step": in_place_of_mixture_step(rule)}
-
-
-def rules_of(search, reference):
-    """
-    {name in fastmix.py: what replaces it} of a search, a key of SEARCHES. reference: for DoReMi,
-    the checkpoint of its reference model.
-    """
-    if search == "DoGE":
-        return doge()
-    if search == "DoReMi":
-        return doremi(reference)
-    return {}
+    return {"mixture_step": mixture_step, "DECAY": 0.0}
 
 
 # ---- mixtures without a search -------------------------------------------------------------------
@@ -402,7 +344,5 @@ def cost_of(what, task):
     target_tokens = settings["target_batch_size"] * config.block_size
     step = 3 * n_tokens * forward_flops(config)
     outer = outer_step_flops(config, n_tokens, target_tokens, settings["curvature"] == "kfac")
-    if what == "DoReMi":  # its reference model is trained, and then reads each batch along
-        outer = step + step / 3
     length = settings["max_steps"] / it.steps  # some searches are shorter
     return length * (1 + outer / settings["outer_every"] / step)

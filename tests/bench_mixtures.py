@@ -1,7 +1,7 @@
 """
 Does the search find the best mixture, and at what price? FastMix against fixed mixtures, n-gram
-models, a RegMix-style search and the rules of DoGE and DoReMi, by the target's test loss of models
-trained for the same number of steps at the mixture that each recommends.
+models, a RegMix-style search and DoGE's rule, by the target's test loss of models trained for the
+same number of steps at the mixture that each recommends.
 
     python tests/bench_mixtures.py --tasks order             the methods' rows of a task, an hour
     python tests/bench_mixtures.py --tasks sample --plan 8   mixtures near the best one known
@@ -45,8 +45,8 @@ import torch  # noqa: E402
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 import fastmix  # noqa: E402
-from bench_methods import (REGMIX, SEARCHES, TASKS, data_of, ngram_mixture, prepare,  # noqa: E402
-                           random_mixtures, regmix, rules_of, settings_of, sources_of,
+from bench_methods import (REGMIX, SEARCHES, TASKS, data_of, doge, ngram_mixture,  # noqa: E402
+                           prepare, random_mixtures, regmix, settings_of, sources_of,
                            sqrt_mixture)
 from bench_tables import Judge, Run, fixed_runs, line_of, listed, load  # noqa: E402
 
@@ -98,18 +98,15 @@ def one_run(work, task, what, seed, mixture):
         if mixture is None:
             search = what.removeprefix("search ")
             flags = TASKS[task].search_flags
-            reference = Path(folder, "reference")
-            if search == "DoReMi":
-                train(work, task, seed, reference, {**flags, "mixture": "uniform"}, {})
-            rules = rules_of(search, reference / "ckpt.pt")
+            if search == "DoGE":
+                rules = doge()
             flags = flags | SEARCHES[search]
         elif not isinstance(mixture, str):
             pairs = zip(sources_of(task), mixture)
             flags["mixture"] = ",".join(f"{name}={share:.6f}" for name, share in pairs)
         loss = train(work, task, seed, out, flags, rules)
         if mixture is None or isinstance(mixture, str):
-            # the average over the run is what the papers of these two take
-            mixture = shares_of(out, averaged=what in ("search DoGE", "search DoReMi"))
+            mixture = shares_of(out, averaged=what == "search DoGE")  # as its paper does
     # as it was given, if it was: one mixture must be the same on all seeds
     return Run(np.round(mixture, 5).tolist(), loss)
 

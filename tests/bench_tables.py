@@ -35,7 +35,6 @@ ROWS = {  # of the tables: {what: title}
     "none": "P = 1",
     "seldom": "P = 1, ε = 1, every 20",
     "DoGE": "DoGE's rule",
-    "DoReMi": "DoReMi's rule",
     **{f"RegMix {n}": f"RegMix-style, {n} runs" for n in REGMIX},
 }
 README_COLUMNS = {  # of README's table, whose rows are tasks
