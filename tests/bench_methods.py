@@ -58,7 +58,7 @@ HALF = "python,cpp,prose,legal,python_b,noise_4,bytes"
 SCARCE = "python,cpp,math,legal,prose_2"
 ORDER_PERCENT = 10  # of prose's train split, which the task "order" has as whole text
 FEW = (11, 12, 13)
-LATER = (21, 22, 23, 24)  # of runs by the smaller program, at which the mixtures of FEW count, too
+LATER = (21, 22, 23, 24)  # of runs by the program as it is; what was tried on FEW counts, too
 
 TASKS = {
     "numpy": Task("toward numpy", SAMPLE, "numpy"),
@@ -223,14 +223,13 @@ def doge():
     is in units of 1 / (running mean of max |A|), because alignments have no natural unit, and its
     rate does not fall. Returns {name in fastmix.py: what replaces it}.
     """
-    rates = []
+    first_rate = SEARCHES["DoGE"]["learning_rate_mixture"]
     largest = []
 
     def mixture_step(z, scale, A, present, density, rate, n_before):
-        rates.append(rate)
         A = torch.where(present, A, 0.0)
         largest.append(A.abs().max().item())
-        z += rates[0] * A / np.mean(largest[-100:])
+        z += first_rate * A / np.mean(largest[-100:])
 
     return {"mixture_step": mixture_step, "DECAY": 0.0}
 

@@ -17,7 +17,7 @@ from test_prepare import here  # noqa: F401  a fixture
 
 MIXTURE = {"a": 0.6, "b": 0.3, "c": 0.1}
 SETTINGS = {"data_dir": "data", "mixture": None, "train_tokens": None, "max_steps": 40,
-            "batch_size": 8, "block_size": 16, "eval_tokens": 256}
+            "block_size": 16, "eval_tokens": 256}
 
 
 # ---- the files of a run, by hand -----------------------------------------------------------------
@@ -35,17 +35,14 @@ def write_run(folder, shares=MIXTURE, seed=1, targets={"t": 1.0}, lengths={}, di
     lines = []
     for i in range(5):
         alpha = {name: 1 / K + i / 4 * (share - 1 / K) for name, share in shares.items()}
-        alignment = dict.fromkeys(shares)  # None: not measured
-        if i > 0 and settings["mixture"] is None:
-            alignment = {name: i * share - seed for name, share in shares.items()}
-        row = {"step": 10 * i, "max_steps": 40, "tokens": 1280 * i, "alpha": alpha,
-               "alignment": alignment,
+        row = {"step": 10 * i, "max_steps": 40, "alpha": alpha,
                "source_loss": {name: 5.0 - i / 4 if i > 0 else None for name in shares},
                "target_val_loss": 4.0 - i / 4,
                "target_losses": dict.fromkeys(targets, 4.0 - i / 4)}
         lines.append(json.dumps(row) + "\n")
     (folder / "log.jsonl").write_text("".join(lines))
     result = {"mixture": shares, "tokens_available": dict.fromkeys(shares, 12345),
+              "real_run_tokens": settings["train_tokens"] or 5120,
               "epochs": {name: 10 * share for name, share in shares.items()},
               "tokens_per_document": dict.fromkeys(shares, 40.0) | lengths,
               "target_weights": targets,
@@ -103,8 +100,7 @@ def test_a_run_prints_its_table_and_draws(synthetic):
 def test_line_of_progress():
     """As many of the largest shares as fit; before the first step no time is known."""
     shares = {"cpp": 0.07, "python": 0.674, "math": 0.156, "prose": 0.1, "a_very_long_name": 0.0}
-    row = {"step": 100, "max_steps": 400, "tokens": 102_400, "target_val_loss": 2.3456,
-           "alpha": shares}
+    row = {"step": 100, "max_steps": 400, "target_val_loss": 2.3456, "alpha": shares}
     assert progress(row, steps_per_second=10) == (
         "step  100  val 2.346  30 s left  python 67% math 16% prose 10% cpp 7%")
     assert progress(row | {"step": 0}, 10) == (
